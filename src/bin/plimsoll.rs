@@ -1,0 +1,3 @@
+//! The command for people: see `plimsoll --help`.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The root daemon: see `plimsolld --help`.
+
+fn main() {}

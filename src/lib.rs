@@ -1,0 +1,8 @@
+//! Plimsoll: admission control, reservations and memory protection for Linux machines that serve
+//! large language models.
+//!
+//! The library holds everything; the binaries in `src/bin` only wire its parts together. The
+//! modules form floors that import downwards only: ARCHITECTURE.md draws the house and
+//! `tests/floors.rs` holds the code to it.
+
+pub mod bytes;

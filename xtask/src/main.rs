@@ -1,0 +1,3 @@
+//! Plimsoll's development tool.
+
+fn main() {}
