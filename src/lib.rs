@@ -6,3 +6,5 @@
 //! `tests/floors.rs` holds the code to it.
 
 pub mod bytes;
+pub mod config;
+pub mod ledger;

@@ -1,0 +1,13 @@
+//! Who holds what: footprints, reservations and the pools that they are charged to.
+//!
+//! Pure arithmetic over plain data; nothing here reads the machine.
+
+pub mod footprint;
+pub mod machine;
+pub mod pools;
+pub mod reservation;
+
+pub use footprint::{Footprint, Mapped};
+pub use machine::{FileId, Gpu, GpuKind, Machine, Measured, Memory, Unit, UnitState};
+pub use pools::{Charge, PerPool, Pool, capacity};
+pub use reservation::{Phase, Reservation};

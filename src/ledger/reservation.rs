@@ -1,0 +1,76 @@
+//! A reservation: memory promised to one holder, from the moment of the decision until its
+//! processes are gone.
+
+use serde::{Deserialize, Serialize};
+
+use super::footprint::{Footprint, Mapped};
+use super::machine::Measured;
+use crate::bytes::Bytes;
+
+/// Where in its life the holder of a reservation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Admitted; room is being made for it.
+    Preparing,
+    /// Its engine is loading.
+    Loading,
+    /// It answers.
+    Running,
+    /// It is being stopped; its bytes count until they have come back.
+    Stopping,
+}
+
+/// What one holder is promised and what it holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Reservation {
+    /// Phase of life.
+    pub phase: Phase,
+    /// Admission priority, 0 to 100.
+    pub priority: u8,
+    /// Never evicted for another model.
+    pub pinned: bool,
+    /// Context length, all slots together; tokens.
+    pub context: u64,
+    /// What the estimate says.
+    pub predicted: Footprint,
+    /// What was read last.
+    #[serde(default)]
+    pub measured: Measured,
+    /// The unit's InvocationID that it was given to.
+    pub invocation: String,
+    /// When it was last known to serve a request, or became ready; milliseconds since boot.
+    pub last_used: u64,
+    /// Stop after this long without a request; milliseconds.
+    pub ttl: Option<u64>,
+    /// What loading it again would read from disk.
+    pub reload: Bytes,
+}
+
+impl Reservation {
+    /// What it counts for: the greater of predicted and measured, class by class.
+    #[must_use]
+    pub fn held(&self) -> Footprint {
+        let gpus = (0..self.predicted.gpus.len().max(self.measured.gpus.len()))
+            .map(|n| {
+                let of = |list: &[Bytes]| list.get(n).copied().unwrap_or_default();
+                of(&self.predicted.gpus).max(of(&self.measured.gpus))
+            })
+            .collect();
+        let mapped: Vec<Mapped> = self.predicted.mapped.clone();
+        let locked_beyond = self.measured.locked_file - self.predicted.mapped_bytes();
+        Footprint {
+            private: self.predicted.private.max(self.measured.private + self.measured.swapped)
+                + locked_beyond,
+            mapped,
+            gpus,
+        }
+    }
+
+    /// Whether it was idle past its time to live at `now` (milliseconds since boot).
+    #[must_use]
+    pub fn expired(&self, now: u64) -> bool {
+        self.phase == Phase::Running && self.ttl.is_some_and(|ttl| now.saturating_sub(self.last_used) >= ttl)
+    }
+}
