@@ -7,4 +7,5 @@
 
 pub mod bytes;
 pub mod config;
+pub mod dbus;
 pub mod ledger;

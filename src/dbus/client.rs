@@ -1,0 +1,136 @@
+//! A client of the daemon: what every verb but `fit` and `validate` talks through.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+
+use futures_core::Stream;
+use zbus::proxy::{CacheProperties, MethodFlags};
+use zbus::{Connection, DynamicType, OwnedObjectPath, Variant};
+
+use super::error::CallError;
+use super::proxy::{JobProxy, ManagerProxy};
+
+/// A connection to the bus and the daemon's manager on it.
+#[derive(Clone, Debug)]
+pub struct Client {
+    connection: Connection,
+    manager: ManagerProxy<'static>,
+    interactive: bool,
+}
+
+/// How a model is to be loaded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Context length in tokens; the configured one when absent.
+    pub context: Option<u64>,
+    /// Models that may be stopped for it whatever their priority.
+    pub instead_of: Vec<String>,
+    /// Load even though the estimate is unknown or says no.
+    pub force: bool,
+}
+
+impl Client {
+    /// Connects to the bus at `address`, or to the system's. `interactive`: polkit may ask the
+    /// user for a password.
+    ///
+    /// # Errors
+    /// [`CallError::Unreachable`] when there is no such bus. The daemon itself is not looked for.
+    pub async fn connect(address: Option<&str>, interactive: bool) -> Result<Self, CallError> {
+        let builder = match address {
+            Some(address) => zbus::connection::Builder::address(address),
+            None => zbus::connection::Builder::system(),
+        };
+        let connection = builder.build().await.map_err(|error| {
+            let bus = address.map_or_else(|| "the system bus".to_owned(), |a| format!("the bus at {a}"));
+            CallError::Unreachable(format!("no connection to {bus} ({error})"))
+        })?;
+        let manager =
+            ManagerProxy::builder(&connection).cache_properties(CacheProperties::No).build().await?;
+        Ok(Self { connection, manager, interactive })
+    }
+
+    /// The connection to the bus.
+    pub fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// The manager's methods that only read, and its signals.
+    #[must_use]
+    pub fn manager(&self) -> &ManagerProxy<'static> {
+        &self.manager
+    }
+
+    /// Starts loading `instance`; answers with the path of the job.
+    ///
+    /// # Errors
+    /// Whatever the daemon refuses it with.
+    pub async fn load(&self, instance: &str, options: &LoadOptions) -> Result<OwnedObjectPath, CallError> {
+        let mut map: HashMap<&str, Variant<'_>> = HashMap::new();
+        if let Some(context) = options.context {
+            map.insert("context", context.into());
+        }
+        if !options.instead_of.is_empty() {
+            map.insert("instead-of", options.instead_of.clone().into());
+        }
+        if options.force {
+            map.insert("force", true.into());
+        }
+        self.change("Load", &(instance, map)).await
+    }
+
+    /// Starts unloading `instance`; answers with the path of the job.
+    ///
+    /// # Errors
+    /// Whatever the daemon refuses it with.
+    pub async fn unload(&self, instance: &str) -> Result<OwnedObjectPath, CallError> {
+        self.change("Unload", &(instance,)).await
+    }
+
+    /// Never evict `instance`, or allow it again.
+    ///
+    /// # Errors
+    /// Whatever the daemon refuses it with.
+    pub async fn set_pinned(&self, instance: &str, pinned: bool) -> Result<(), CallError> {
+        self.change(if pinned { "Pin" } else { "Unpin" }, &(instance,)).await
+    }
+
+    /// Reads the configuration again; answers with the problems found in it.
+    ///
+    /// # Errors
+    /// Whatever the daemon refuses it with.
+    pub async fn reload(&self) -> Result<Vec<String>, CallError> {
+        self.change("Reload", &()).await
+    }
+
+    /// `enforce` or `observe`.
+    ///
+    /// # Errors
+    /// Whatever the daemon refuses it with.
+    pub async fn set_mode(&self, mode: &str) -> Result<(), CallError> {
+        self.change("SetMode", &(mode,)).await
+    }
+
+    /// The object of a job that `load` or `unload` answered with.
+    ///
+    /// # Errors
+    /// [`CallError`] when the bus fails.
+    pub async fn job(&self, path: &OwnedObjectPath) -> Result<JobProxy<'static>, CallError> {
+        Ok(JobProxy::builder(&self.connection).path(path.clone()).build().await?)
+    }
+
+    /// A call that polkit decides on.
+    async fn change<B, R>(&self, method: &'static str, body: &B) -> Result<R, CallError>
+    where
+        B: serde::Serialize + DynamicType,
+        R: for<'d> zbus::wire::DynamicDeserialize<'d>,
+    {
+        let flags = if self.interactive { MethodFlags::ALLOW_INTERACTIVE_AUTH } else { MethodFlags::empty() };
+        let reply = self.manager.inner().call_with_flags(method, flags, body).await?;
+        reply.ok_or_else(|| CallError::Protocol(format!("{method} has no reply")))
+    }
+}
+
+/// The next item of a stream, or `None` at its end.
+pub async fn next<S: Stream + Unpin>(stream: &mut S) -> Option<S::Item> {
+    std::future::poll_fn(|context| Pin::new(&mut *stream).poll_next(context)).await
+}

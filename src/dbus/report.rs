@@ -1,0 +1,167 @@
+//! What the reading methods answer with: the JSON of `Status`, `Plan` and `Explain`.
+//!
+//! Keys are only ever added. A reader takes a missing one for empty, so that a command and a
+//! daemon of different versions understand each other. Sizes are `…_bytes`, plain numbers.
+
+use serde::{Deserialize, Serialize};
+
+use crate::bytes::Bytes;
+
+/// The answer of `Status`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    /// The daemon's version.
+    pub version: String,
+    /// `enforce` or `observe`.
+    pub mode: String,
+    /// Every pool of memory that something can be refused for.
+    pub pools: Vec<Pool>,
+    /// Swap of the machine.
+    pub swap: Swap,
+    /// Every configured model, and every instance that runs.
+    pub models: Vec<Model>,
+    /// The last decisions, newest first.
+    pub decisions: Vec<Decision>,
+    /// What is wrong with the configuration, one sentence each.
+    pub problems: Vec<String>,
+}
+
+/// A pool of memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Pool {
+    /// `memory`, a GPU's name such as `card0`, or `llm.slice`.
+    pub name: String,
+    /// What there is of it.
+    pub total_bytes: Bytes,
+    /// What models may hold of it in all: less the reserve and less what the system uses.
+    pub capacity_bytes: Bytes,
+    /// What reservations hold of it.
+    pub reserved_bytes: Bytes,
+    /// What models were measured to hold of it.
+    pub measured_bytes: Bytes,
+    /// What could still be promised.
+    pub headroom_bytes: Bytes,
+}
+
+/// Swap of the machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Swap {
+    /// SwapTotal.
+    pub total_bytes: Bytes,
+    /// SwapTotal less SwapFree.
+    pub used_bytes: Bytes,
+}
+
+/// Bytes by the classes that behave differently.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Classes {
+    /// Weights that stay pages of their files: reclaimable.
+    pub mapped_bytes: Bytes,
+    /// Host memory that only ends with the process.
+    pub private_bytes: Bytes,
+    /// Memory of all GPUs.
+    pub gpu_bytes: Bytes,
+    /// What of it is in swap.
+    pub swapped_bytes: Bytes,
+}
+
+impl Classes {
+    /// Everything that is resident.
+    #[must_use]
+    pub fn total(&self) -> Bytes {
+        self.mapped_bytes + self.private_bytes + self.gpu_bytes
+    }
+}
+
+/// A model's instance.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Model {
+    /// The configured name.
+    pub name: String,
+    /// The name, or `NAME@N`.
+    pub instance: String,
+    /// `inactive`, `waiting`, `loading`, `running`, `stopping`, `failed`.
+    pub state: String,
+    /// 0 to 100; higher stays.
+    pub priority: u8,
+    /// Never evicted.
+    pub pinned: bool,
+    /// Context of all slots together, in tokens; 0 when it isn't known yet.
+    pub context: u64,
+    /// The configured context, when what runs was reduced.
+    pub context_configured: u64,
+    /// Slots.
+    pub parallel: u64,
+    /// Where it answers: `127.0.0.1:8003`.
+    pub address: String,
+    /// Main process, or 0.
+    pub pid: u32,
+    /// What the estimate says.
+    pub predicted: Classes,
+    /// What was read last.
+    pub measured: Classes,
+    /// Other names.
+    pub aliases: Vec<String>,
+    /// Labels.
+    pub modes: Vec<String>,
+    /// A sentence on it: why it failed or what it waits for.
+    pub message: String,
+}
+
+/// A decision, taken or (`Plan`) only thought through.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Decision {
+    /// When: microseconds since 1970, 0 for a plan.
+    pub time_usec: u64,
+    /// Whom it is about.
+    pub instance: String,
+    /// `fits`, `fits-after`, `fits-with-swap`, `streams`, `refused`, `unknown`, or what was done:
+    /// `evicted`, `restored`, `unloaded`.
+    pub verdict: String,
+    /// One sentence with the arithmetic.
+    pub message: String,
+    /// What to try, a complete command where there is one.
+    pub hint: String,
+    /// Context that it is (or would be) started with, tokens.
+    pub context: u64,
+    /// What it takes.
+    pub needed: Classes,
+    /// What is done for it, in order.
+    pub steps: Vec<Step>,
+    /// Each pool: what it needs there and what would be left to promise.
+    pub pools: Vec<PoolNeed>,
+}
+
+/// One step of a plan.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Step {
+    /// `drop-cache`, `stop`, `reduce-context`, `swap`, `start`.
+    pub action: String,
+    /// The instance or file that it is done to.
+    pub target: String,
+    /// What it is expected to free.
+    pub frees_bytes: Bytes,
+    /// Why this one, in a few words.
+    pub reason: String,
+}
+
+/// What a plan needs of a pool.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PoolNeed {
+    /// As in [`Pool`].
+    pub name: String,
+    /// What the model needs there.
+    pub needed_bytes: Bytes,
+    /// What could be promised before the plan.
+    pub headroom_bytes: Bytes,
+    /// What the plan frees there.
+    pub freed_bytes: Bytes,
+}
