@@ -1,9 +1,12 @@
 //! Names of models and of the units that run them.
 
+use std::borrow::Borrow;
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::problem::quoted;
 
 /// The name of a configured model: `[A-Za-z0-9][A-Za-z0-9_.-]{0,62}`.
 ///
@@ -26,11 +29,11 @@ pub struct Instance {
 pub enum NameError {
     /// Characters or length outside of the alphabet.
     #[error(
-        "'{0}' can't be a model's name: use up to 63 letters, digits, '-', '_' and '.', beginning with a letter or a digit"
+        "{0} can't be a model's name: use up to 63 letters, digits, '-', '_' and '.', beginning with a letter or a digit"
     )]
     Model(String),
     /// What stands after the `@` is not 2 to 99.
-    #[error("'{0}' is not an instance: after '@' stands its number, 2 to 99, as in NAME@2")]
+    #[error("{0} is not an instance: after '@' stands its number, 2 to 99, as in NAME@2")]
     Number(String),
 }
 
@@ -50,13 +53,20 @@ impl FromStr for ModelName {
         let allowed = text.starts_with(plain)
             && text.len() <= 63
             && text.chars().all(|c| plain(c) || matches!(c, '-' | '_' | '.'));
-        if allowed { Ok(Self(text.to_owned())) } else { Err(NameError::Model(text.to_owned())) }
+        if allowed { Ok(Self(text.to_owned())) } else { Err(NameError::Model(quoted(text))) }
     }
 }
 
 impl fmt::Display for ModelName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&self.0)
+    }
+}
+
+/// So that maps by name can be asked with a text.
+impl Borrow<str> for ModelName {
+    fn borrow(&self) -> &str {
+        &self.0
     }
 }
 
@@ -78,6 +88,13 @@ impl Instance {
     pub fn from_unit(unit: &str) -> Option<Self> {
         unit.strip_prefix("llm@")?.strip_suffix(".service")?.parse().ok()
     }
+
+    /// The port at which it serves when the first instance of its model serves at `first`; none
+    /// past the last port.
+    #[must_use]
+    pub fn port(&self, first: u16) -> Option<u16> {
+        first.checked_add(u16::from(self.number.saturating_sub(1)))
+    }
 }
 
 impl From<ModelName> for Instance {
@@ -97,7 +114,7 @@ impl FromStr for Instance {
             !number.is_empty() && !number.starts_with('0') && number.bytes().all(|b| b.is_ascii_digit());
         match number.parse::<u8>() {
             Ok(number) if digits && (2..=99).contains(&number) => Ok(Self { model: model.parse()?, number }),
-            _ => Err(NameError::Number(text.to_owned())),
+            _ => Err(NameError::Number(quoted(text))),
         }
     }
 }
@@ -141,6 +158,14 @@ mod tests {
             assert_eq!(instance.unit(), unit);
             assert_eq!(Instance::from_unit(unit), Some(instance));
         }
+    }
+
+    #[test]
+    fn an_instance_serves_at_the_next_port() {
+        let second: Instance = "a@2".parse().unwrap();
+        assert_eq!(second.port(8080), Some(8081));
+        assert_eq!(second.port(65535), None);
+        assert_eq!(Instance::first(second.model).port(65535), Some(65535));
     }
 
     #[test]
