@@ -9,3 +9,5 @@ pub mod bytes;
 pub mod config;
 pub mod dbus;
 pub mod ledger;
+pub mod policy;
+pub mod ports;

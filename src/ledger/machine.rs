@@ -30,7 +30,7 @@ pub struct Machine {
     pub gpus: Vec<Gpu>,
     /// `memory.max` of llm.slice or of a slice above it, where an administrator set one.
     pub slice_limit: Option<Bytes>,
-    /// What is charged to llm.slice besides the models' own units (leases, helpers); bytes.
+    /// The model units that systemd knows, running or not.
     pub units: BTreeMap<Instance, Unit>,
     /// Instances whose start job is queued or running in systemd, admitted or not.
     pub starting: Vec<Instance>,
@@ -93,6 +93,8 @@ pub struct Unit {
     pub invocation: String,
     /// What it holds.
     pub measured: Measured,
+    /// CPU time used so far, from its cgroup's cpu.stat; microseconds. It shows activity.
+    pub cpu_usec: u64,
     /// Largest MemoryMax that the administrator allows this unit, where one is set.
     pub admin_limit: Option<Bytes>,
 }

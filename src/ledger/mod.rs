@@ -9,5 +9,5 @@ pub mod reservation;
 
 pub use footprint::{Footprint, Mapped};
 pub use machine::{FileId, Gpu, GpuKind, Machine, Measured, Memory, Unit, UnitState};
-pub use pools::{Charge, PerPool, Pool, capacity};
+pub use pools::{Charges, PerPool, Pool, capacity};
 pub use reservation::{Phase, Reservation};

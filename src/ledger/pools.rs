@@ -1,16 +1,17 @@
-//! The pools that memory comes out of, and what a set of reservations charges to each.
+//! The pools that memory comes out of, and what a set of holders charges to each.
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::footprint::Footprint;
 use super::machine::{FileId, GpuKind, Machine};
 use super::reservation::Reservation;
 use crate::bytes::Bytes;
+use crate::config::Instance;
 
 /// A pool that can run out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Pool {
     /// System memory.
@@ -42,27 +43,47 @@ impl PerPool {
             .max_by_key(|(_, short)| *short)
     }
 
+    /// Whether nothing exceeds `capacity`.
+    #[must_use]
+    pub fn within(&self, capacity: &Self) -> bool {
+        self.pairs(capacity).all(|(_, charge, room)| charge <= room)
+    }
+
+    /// The bytes of one pool.
+    #[must_use]
+    pub fn get(&self, pool: Pool) -> Bytes {
+        match pool {
+            Pool::Memory => self.memory,
+            Pool::Slice => self.slice,
+            Pool::Gpu(n) => self.gpus.get(n).copied().unwrap_or_default(),
+        }
+    }
+
     /// Each pool with its value here and in `other`.
     pub fn pairs<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = (Pool, Bytes, Bytes)> + 'a {
-        let gpu = |n: usize, of: &Self| of.gpus.get(n).copied().unwrap_or_default();
-        [(Pool::Memory, self.memory, other.memory), (Pool::Slice, self.slice, other.slice)].into_iter().chain(
-            (0..self.gpus.len().max(other.gpus.len()))
-                .map(move |n| (Pool::Gpu(n), gpu(n, self), gpu(n, other))),
-        )
+        let gpus = (0..self.gpus.len().max(other.gpus.len())).map(Pool::Gpu);
+        [Pool::Memory, Pool::Slice]
+            .into_iter()
+            .chain(gpus)
+            .map(move |pool| (pool, self.get(pool), other.get(pool)))
     }
 }
 
-/// A running sum of charges: adds footprints, counting each mapped file once (its largest share).
+/// What a set of holders charges, kept so that the question "and without these?" is cheap.
+///
+/// Each mapped file is charged once, at the largest share that any holder wants of it.
 #[derive(Clone, Debug, Default)]
-pub struct Charge {
+pub struct Charges {
+    holders: Vec<Footprint>,
     private: Bytes,
     gpus: Vec<Bytes>,
-    files: BTreeMap<FileId, Bytes>,
+    files: BTreeMap<FileId, Vec<(usize, Bytes)>>,
 }
 
-impl Charge {
-    /// Adds one holder.
-    pub fn add(&mut self, footprint: &Footprint) {
+impl Charges {
+    /// Adds a holder and returns its number, counted from 0.
+    pub fn add(&mut self, footprint: Footprint) -> usize {
+        let number = self.holders.len();
         self.private += footprint.private;
         if self.gpus.len() < footprint.gpus.len() {
             self.gpus.resize(footprint.gpus.len(), Bytes::ZERO);
@@ -71,24 +92,53 @@ impl Charge {
             *sum += *gpu;
         }
         for mapped in &footprint.mapped {
-            let share = self.files.entry(mapped.file).or_default();
-            *share = (*share).max(mapped.bytes);
+            self.files.entry(mapped.file).or_default().push((number, mapped.bytes));
         }
+        self.holders.push(footprint);
+        number
     }
 
-    /// What is charged to each pool of `machine`.
+    /// What is charged to each pool of `machine` by all holders but those in `without`, and by
+    /// `plus` on top.
     #[must_use]
-    pub fn per_pool(&self, machine: &Machine) -> PerPool {
-        let host = self.private + self.files.values().copied().sum();
+    pub fn per_pool(&self, machine: &Machine, without: &[usize], plus: Option<&Footprint>) -> PerPool {
+        let mut private = self.private;
         let mut gpus = self.gpus.clone();
-        gpus.resize(machine.gpus.len().max(gpus.len()), Bytes::ZERO);
-        PerPool { memory: host + unified(machine, &self.gpus), slice: host, gpus }
+        let plus_gpus = plus.map_or(0, |p| p.gpus.len());
+        gpus.resize(gpus.len().max(plus_gpus).max(machine.gpus.len()), Bytes::ZERO);
+        for footprint in without.iter().filter_map(|n| self.holders.get(*n)) {
+            private -= footprint.private;
+            for (sum, gpu) in gpus.iter_mut().zip(&footprint.gpus) {
+                *sum -= *gpu;
+            }
+        }
+        if let Some(plus) = plus {
+            private += plus.private;
+            for (sum, gpu) in gpus.iter_mut().zip(&plus.gpus) {
+                *sum += *gpu;
+            }
+        }
+        let share = |file: FileId, of: &[(usize, Bytes)]| {
+            let held = of.iter().filter(|(n, _)| !without.contains(n)).map(|(_, b)| *b).max();
+            let wanted =
+                plus.into_iter().flat_map(|p| &p.mapped).filter(|m| m.file == file).map(|m| m.bytes).max();
+            held.max(wanted).unwrap_or_default()
+        };
+        let known: Bytes = self.files.iter().map(|(file, of)| share(*file, of)).sum();
+        let new: Bytes = plus
+            .into_iter()
+            .flat_map(|p| &p.mapped)
+            .filter(|m| !self.files.contains_key(&m.file))
+            .map(|m| m.bytes)
+            .sum();
+        let host = private + known + new;
+        PerPool { memory: host + unified(machine, &gpus), slice: host, gpus }
     }
 }
 
 /// The part of per-GPU bytes that is system memory. A GPU that the machine doesn't show is taken
 /// for a unified one: its bytes have to come from somewhere.
-pub(super) fn unified(machine: &Machine, gpus: &[Bytes]) -> Bytes {
+fn unified(machine: &Machine, gpus: &[Bytes]) -> Bytes {
     gpus.iter()
         .enumerate()
         .filter(|(n, _)| machine.gpus.get(*n).is_none_or(|gpu| gpu.kind == GpuKind::Unified))
@@ -96,17 +146,13 @@ pub(super) fn unified(machine: &Machine, gpus: &[Bytes]) -> Bytes {
         .sum()
 }
 
-/// How much of each pool models may hold in all, on `machine` as it is now.
+/// How much of each pool holders of reservations may hold in all, on `machine` as it is now.
 ///
 /// Memory: MemTotal less the reserve less what the rest of the system uses, which is what is not
 /// available and not held by a model. Memory that a stopped model did not give back counts as the
-/// system's here, and so is not promised twice.
+/// system's here, and so is never promised twice.
 #[must_use]
-pub fn capacity(
-    machine: &Machine,
-    reserve: Bytes,
-    holders: &BTreeMap<crate::config::Instance, Reservation>,
-) -> PerPool {
+pub fn capacity(machine: &Machine, reserve: Bytes, holders: &BTreeMap<Instance, Reservation>) -> PerPool {
     let mut held = Bytes::ZERO;
     let mut held_gpus = vec![Bytes::ZERO; machine.gpus.len()];
     for reservation in holders.values() {
@@ -122,4 +168,85 @@ pub fn capacity(
         gpus: machine.gpus.iter().zip(&held_gpus).map(|(gpu, held)| gpu.total - (gpu.used - *held)).collect(),
         slice: machine.slice_limit.unwrap_or(Bytes::MAX),
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::{Gpu, Mapped};
+
+    fn file(inode: u64) -> FileId {
+        FileId { device: 1, inode }
+    }
+
+    fn holder(private: u64, inode: u64, mapped: u64, gpu: u64) -> Footprint {
+        Footprint {
+            private: Bytes::gib(private),
+            mapped: vec![Mapped { file: file(inode), bytes: Bytes::gib(mapped) }],
+            gpus: vec![Bytes::gib(gpu)],
+        }
+    }
+
+    fn apu() -> Machine {
+        let gpu =
+            Gpu { name: "card0".into(), kind: GpuKind::Unified, total: Bytes::gib(120), used: Bytes::ZERO };
+        Machine { gpus: vec![gpu], ..Machine::default() }
+    }
+
+    #[test]
+    fn a_shared_file_is_charged_once_until_its_last_holder_is_gone() {
+        let mut charges = Charges::default();
+        let first = charges.add(holder(1, 7, 10, 0));
+        let second = charges.add(holder(2, 7, 10, 0));
+        let machine = Machine::default();
+        assert_eq!(charges.per_pool(&machine, &[], None).memory, Bytes::gib(13));
+        assert_eq!(charges.per_pool(&machine, &[first], None).memory, Bytes::gib(12));
+        assert_eq!(charges.per_pool(&machine, &[first, second], None).memory, Bytes::ZERO);
+        let third = holder(4, 7, 10, 0);
+        assert_eq!(charges.per_pool(&machine, &[], Some(&third)).memory, Bytes::gib(17));
+        assert_eq!(charges.per_pool(&machine, &[first, second], Some(&third)).memory, Bytes::gib(14));
+    }
+
+    #[test]
+    fn unified_gpu_bytes_are_charged_to_both_pools_but_not_to_the_slice() {
+        let mut charges = Charges::default();
+        charges.add(holder(1, 7, 2, 30));
+        let charged = charges.per_pool(&apu(), &[], None);
+        assert_eq!((charged.memory, charged.slice), (Bytes::gib(33), Bytes::gib(3)));
+        assert_eq!(charged.gpus, [Bytes::gib(30)]);
+        let mut card = apu();
+        card.gpus[0].kind = GpuKind::Discrete;
+        assert_eq!(charges.per_pool(&card, &[], None).memory, Bytes::gib(3));
+    }
+
+    #[test]
+    fn the_binding_pool_is_named() {
+        let charge = PerPool { memory: Bytes(10), gpus: vec![Bytes(9)], slice: Bytes(1) };
+        let room = PerPool { memory: Bytes(9), gpus: vec![Bytes(3)], slice: Bytes(1) };
+        assert_eq!(charge.shortfall(&room), Some((Pool::Gpu(0), Bytes(6))));
+        assert!(!charge.within(&room));
+    }
+
+    #[test]
+    fn capacity_leaves_out_the_system_and_the_reserve() {
+        let mut machine = apu();
+        machine.memory = Memory {
+            total: Bytes::gib(128),
+            available: Bytes::gib(84),
+            free: Bytes::gib(60),
+            ..Memory::default()
+        };
+        machine.gpus[0].used = Bytes::gib(32);
+        let mut holders = BTreeMap::new();
+        let mut one = Reservation::for_test(holder(1, 7, 10, 30));
+        one.measured.private = Bytes::gib(10);
+        one.measured.gpus = vec![Bytes::gib(30)];
+        holders.insert("a".parse().unwrap(), one);
+        let room = capacity(&machine, Bytes::gib(4), &holders);
+        // 44 not available, 40 of them the model's: the system uses 4.
+        assert_eq!(room.memory, Bytes::gib(120));
+        assert_eq!(room.gpus, [Bytes::gib(118)]);
+    }
+
+    use crate::ledger::Memory;
 }

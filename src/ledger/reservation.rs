@@ -74,3 +74,22 @@ impl Reservation {
         self.phase == Phase::Running && self.ttl.is_some_and(|ttl| now.saturating_sub(self.last_used) >= ttl)
     }
 }
+
+#[cfg(test)]
+impl Reservation {
+    /// A running reservation of priority 50, for tests.
+    pub(crate) fn for_test(predicted: Footprint) -> Self {
+        Self {
+            phase: Phase::Running,
+            priority: 50,
+            pinned: false,
+            context: 4096,
+            predicted,
+            measured: Measured::default(),
+            invocation: "i".into(),
+            last_used: 0,
+            ttl: None,
+            reload: Bytes::ZERO,
+        }
+    }
+}

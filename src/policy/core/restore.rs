@@ -1,0 +1,119 @@
+//! Bringing evicted models back when there is room again.
+
+use super::{Action, ActionId, Core, Effect, Outcome};
+use crate::bytes::Bytes;
+use crate::config::Instance;
+use crate::ledger::Machine;
+use crate::policy::decision::{Decision, Kind, Verdict};
+use crate::policy::plan::fits_as_is;
+use crate::policy::request::{Mode, Request, Rung};
+
+/// How long a model that was started again has until it asks; milliseconds.
+const TO_ASK: u64 = 60_000;
+/// How long the first failed return is waited out; it doubles with each; milliseconds.
+const BACKOFF: u64 = 30_000;
+
+/// A return under way.
+#[derive(Clone, Debug)]
+pub(super) struct Restoring {
+    instance: Instance,
+    id: ActionId,
+    since: u64,
+}
+
+impl Core {
+    /// Starts the most important model that is owed a return and fits as things are: at its full
+    /// context, with nobody stopped for it. One at a time, each through the gate like any other.
+    pub(super) fn restore(&mut self, machine: &Machine, now: u64, out: &mut Vec<Action>) {
+        if let Some(restoring) = &self.restoring {
+            let asked = !self.owed.iter().any(|owed| owed.instance == restoring.instance);
+            if !asked && now < restoring.since + TO_ASK {
+                self.wake_at(restoring.since + TO_ASK);
+                return;
+            }
+            let instance = restoring.instance.clone();
+            self.restoring = None;
+            if !asked {
+                self.defer(&instance, now);
+            }
+        }
+        let busy = self.active.is_some() || !self.pending.is_empty();
+        if busy || machine.stopping || self.rules.mode == Mode::Observe || self.owed.is_empty() {
+            return;
+        }
+        let mut order: Vec<usize> = (0..self.owed.len()).collect();
+        order.sort_by_key(|n| std::cmp::Reverse(self.owed[*n].reservation.priority));
+        for n in order {
+            let owed = &self.owed[n];
+            if owed.not_before > now {
+                let time = owed.not_before;
+                self.wake_at(time);
+                continue;
+            }
+            let running = machine.units.get(&owed.instance).is_some_and(|unit| unit.state.is_alive());
+            if running || !fits_as_is(&as_request(owed), self.situation(machine, now)) {
+                continue;
+            }
+            let (instance, reservation) = (owed.instance.clone(), owed.reservation.clone());
+            let id = self.perform(Effect::Start(instance.clone()), out);
+            self.restoring = Some(Restoring { instance: instance.clone(), id, since: now });
+            self.wake_at(now + TO_ASK);
+            let bytes = reservation.predicted.total();
+            let decision = Decision {
+                kind: Kind::Restore,
+                for_instance: None,
+                verdict: Verdict::Fits,
+                at_msec: now,
+                context: reservation.context,
+                bytes,
+                steps: Vec::new(),
+                refusal: None,
+                observed: false,
+                text: format!("{instance} is started again: there is room for its {bytes}"),
+                instance,
+            };
+            self.record(decision, out);
+            return;
+        }
+    }
+
+    /// Takes in the outcome of a start; false when `id` is none of a return.
+    pub(super) fn restored(&mut self, id: ActionId, outcome: &Outcome, now: u64) -> bool {
+        let Some(restoring) = self.restoring.as_ref().filter(|r| r.id == id) else { return false };
+        if let Outcome::Failed(_) = outcome {
+            let instance = restoring.instance.clone();
+            self.restoring = None;
+            self.defer(&instance, now);
+        }
+        true
+    }
+
+    /// A return that failed is tried again later, and ever later.
+    pub(super) fn defer(&mut self, instance: &Instance, now: u64) {
+        for owed in self.owed.iter_mut().filter(|owed| owed.instance == *instance) {
+            owed.not_before = now + (BACKOFF << owed.attempts.min(6));
+            owed.attempts = owed.attempts.saturating_add(1);
+        }
+    }
+}
+
+fn as_request(owed: &super::Owed) -> Request {
+    let r = &owed.reservation;
+    Request {
+        instance: owed.instance.clone(),
+        invocation: String::new(),
+        priority: r.priority,
+        pinned: r.pinned,
+        ladder: vec![Rung { context: r.context, footprint: r.predicted.clone() }],
+        advice: Vec::new(),
+        ttl: r.ttl,
+        reload: r.reload,
+        may_swap: false,
+        instead_of: Default::default(),
+        stuck: Default::default(),
+        force: false,
+        explicit: false,
+        unknown: None,
+        unit_limit: None::<Bytes>,
+    }
+}

@@ -1,0 +1,98 @@
+//! Bringing the ledger in line with what the machine shows.
+
+use super::{Active, Core, Pending};
+use crate::config::Instance;
+use crate::ledger::{Machine, Phase, Reservation, Unit, UnitState};
+use crate::policy::request::Request;
+
+/// CPU time above this share (one in so many) is taken for serving requests: an idle llama-server
+/// uses next to none.
+const BUSY_SHARE: u64 = 300;
+
+/// A sample of a unit's CPU time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Activity {
+    cpu_usec: u64,
+    at: u64,
+}
+
+impl Core {
+    /// Takes over what was measured, moves reservations along, and drops those whose process is gone.
+    pub(super) fn sync(&mut self, machine: &Machine, now: u64) {
+        let unit = |instance: &Instance| machine.units.get(instance);
+        self.holders.retain(|instance, r| lives(unit(instance), &r.invocation));
+        for (instance, reservation) in &mut self.holders {
+            let Some(unit) = unit(instance) else { continue };
+            reservation.measured = unit.measured.clone();
+            match (reservation.phase, unit.state) {
+                (_, UnitState::Deactivating) => reservation.phase = Phase::Stopping,
+                (Phase::Loading, UnitState::Active) => {
+                    reservation.phase = Phase::Running;
+                    reservation.last_used = now;
+                }
+                _ => {}
+            }
+            note_activity(&mut self.activity, instance, unit, reservation, now);
+        }
+        let holders = &self.holders;
+        self.activity.retain(|instance, _| holders.contains_key(instance));
+        let waits = |p: &Pending| lives(unit(&p.request.instance), &p.request.invocation);
+        self.pending.retain(waits);
+        if self.active.as_ref().is_some_and(|active: &Active| !waits(&active.pending)) {
+            self.active = None;
+        }
+        // Memory that came back after all is nobody's leak; it is told by the machine being whole again.
+        self.leaks.retain(|leak| now.saturating_sub(leak.since) < LEAK_SHOWN);
+    }
+
+    /// Takes a running model into the ledger that is not in it.
+    pub(super) fn adopt(&mut self, request: &Request, machine: &Machine, now: u64) {
+        let (Some(unit), Some(rung)) = (machine.units.get(&request.instance), request.ladder.first()) else {
+            return;
+        };
+        if self.holders.contains_key(&request.instance) || !lives(Some(unit), &request.invocation) {
+            return;
+        }
+        let phase = if unit.state == UnitState::Active { Phase::Running } else { Phase::Loading };
+        let mut reservation = request.reservation(rung, phase, now);
+        reservation.measured = unit.measured.clone();
+        self.holders.insert(request.instance.clone(), reservation);
+    }
+}
+
+/// How long a leak stays in the list after it was seen; milliseconds.
+const LEAK_SHOWN: u64 = 24 * 60 * 60 * 1000;
+
+/// Whether the process that `invocation` stands for may still exist.
+fn lives(unit: Option<&Unit>, invocation: &str) -> bool {
+    unit.is_some_and(|unit| {
+        // Between a crash and its restart a unit counts as activating, with no process.
+        let processless = unit.state == UnitState::Activating && unit.main_pid == 0;
+        unit.state.is_alive() && !processless && unit.invocation == invocation
+    })
+}
+
+fn note_activity(
+    activity: &mut std::collections::BTreeMap<Instance, Activity>,
+    instance: &Instance,
+    unit: &Unit,
+    reservation: &mut Reservation,
+    now: u64,
+) {
+    let sample = Activity { cpu_usec: unit.cpu_usec, at: now };
+    let Some(last) = activity.get_mut(instance) else {
+        activity.insert(instance.clone(), sample);
+        // First seen, or seen again after a restart of the daemon: its idle time begins anew.
+        reservation.last_used = reservation.last_used.max(now);
+        return;
+    };
+    let elapsed = now.saturating_sub(last.at);
+    if elapsed < 1000 {
+        return;
+    }
+    let used = unit.cpu_usec.saturating_sub(last.cpu_usec);
+    if used.saturating_mul(BUSY_SHARE) > elapsed.saturating_mul(1000) {
+        reservation.last_used = now;
+    }
+    *last = sample;
+}

@@ -1,0 +1,77 @@
+//! The record of a decision: what the journal, `plimsoll explain` and the bus show of it.
+
+use serde::{Deserialize, Serialize};
+
+use super::plan::Step;
+use super::refusal::Refusal;
+use crate::bytes::Bytes;
+use crate::config::Instance;
+
+/// What was decided, in one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// It fits as things are.
+    Fits,
+    /// It fits after the steps named.
+    FitsAfter,
+    /// It would fit with swap.
+    FitsWithSwap,
+    /// Its mapped weights are larger than what stays resident; it runs from disk.
+    Streams,
+    /// It does not fit.
+    Refused,
+    /// Its size is unknown; treated as refused.
+    Unknown,
+}
+
+/// What happened to a model because of a decision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Admitted.
+    Admit,
+    /// Refused.
+    Refuse,
+    /// It waits for others.
+    Wait,
+    /// Stopped for another model.
+    Evict,
+    /// Stopped at the end of its time to live.
+    Expire,
+    /// Started again after an eviction.
+    Restore,
+    /// Memory that a stopped model did not give back.
+    Quarantine,
+}
+
+/// A decision and its numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Decision {
+    /// What was done.
+    pub kind: Kind,
+    /// To whom.
+    pub instance: Instance,
+    /// For whom, where one model had to go for another.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub for_instance: Option<Instance>,
+    /// In one word.
+    pub verdict: Verdict,
+    /// Milliseconds since boot.
+    pub at_msec: u64,
+    /// Context length; tokens.
+    pub context: u64,
+    /// The bytes that it was about: needed, freed, or missing.
+    pub bytes: Bytes,
+    /// What was done first.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub steps: Vec<Step>,
+    /// The numbers of a refusal.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub refusal: Option<Box<Refusal>>,
+    /// Only observed: what would have been done was not.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub observed: bool,
+    /// One line for people.
+    pub text: String,
+}

@@ -1,0 +1,30 @@
+//! The cgroup limits that go with a reservation.
+
+use serde::{Deserialize, Serialize};
+
+use crate::bytes::Bytes;
+use crate::ledger::Footprint;
+
+/// Limits for a unit's cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Limits {
+    /// MemoryHigh=: beyond it the kernel reclaims from the unit.
+    pub high: Bytes,
+    /// MemoryMax=: beyond it the unit's own OOM kill.
+    pub max: Bytes,
+    /// MemorySwapMax=; `None` leaves the administrator's.
+    pub swap_max: Option<Bytes>,
+}
+
+/// The limits for a model that takes `footprint`.
+///
+/// A cgroup is charged for the host's side only: GPU memory escapes it, and no limit can hold it.
+/// MemoryHigh leaves a tenth (at least 256 MiB) over the estimate, MemoryMax the same again: a model
+/// that is a little larger than predicted is measured and charged for it, not killed.
+#[must_use]
+pub fn limits(footprint: &Footprint, may_swap: bool) -> Limits {
+    let host = footprint.private + footprint.mapped_bytes();
+    let margin = host.mul_div(1, 10).max(Bytes::mib(256));
+    Limits { high: host + margin, max: host + margin + margin, swap_max: (!may_swap).then_some(Bytes::ZERO) }
+}

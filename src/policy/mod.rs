@@ -1,0 +1,20 @@
+//! The decisions: admission, eviction order, restoration, limits.
+//!
+//! Ordinary functions over ordinary values. Nothing here does I/O, reads a clock, logs or waits:
+//! [`Core::step`] takes what happened and a reading of the machine and returns what to do, so the
+//! real daemon and the simulated machine run the same decisions.
+
+pub mod core;
+pub mod decision;
+pub mod evict;
+pub mod limits;
+pub mod plan;
+pub mod refusal;
+pub mod request;
+
+pub use self::core::{Action, ActionId, Core, Event, Outcome, Saved};
+pub use decision::{Decision, Verdict};
+pub use limits::{Limits, limits};
+pub use plan::{Plan, Planned, Step, StopReason, Wait, plan};
+pub use refusal::{Refusal, RefusalKind};
+pub use request::{Mode, Peers, Request, Rules, Rung};

@@ -1,0 +1,363 @@
+//! The admission plan: what has to happen so that a model can run, least harm first.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::evict::{Candidate, choose};
+use super::refusal::{Refusal, RefusalKind, refuse};
+use super::request::{Peers, Request, Rules, Rung};
+use crate::bytes::Bytes;
+use crate::config::Instance;
+use crate::ledger::{Charges, FileId, GpuKind, Machine, PerPool, Phase, Reservation, capacity};
+
+/// How long a model of equal priority must have been idle before `peers = "replace-idle"` lets an
+/// explicit start replace it; milliseconds.
+pub const IDLE_AFTER: u64 = 5 * 60 * 1000;
+
+/// Everything that a plan is judged against.
+#[derive(Clone, Copy, Debug)]
+pub struct Situation<'a> {
+    /// Who holds what.
+    pub holders: &'a BTreeMap<Instance, Reservation>,
+    /// The machine as read just now.
+    pub machine: &'a Machine,
+    /// The rules.
+    pub rules: &'a Rules,
+    /// Milliseconds since boot.
+    pub now: u64,
+}
+
+/// Why a model is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StopReason {
+    /// Idle past its own time to live.
+    Expired,
+    /// Of lower priority than what needs the room.
+    Evicted,
+    /// Idle, of equal priority, and an explicit start may replace it.
+    Replaced,
+    /// Named by a person to go.
+    Named,
+}
+
+/// One step of a plan.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "step", rename_all = "kebab-case")]
+pub enum Step {
+    /// Drop the cached pages of model files that nobody runs.
+    DropCache {
+        /// The files.
+        files: Vec<FileId>,
+        /// What of them is in the page cache.
+        frees_bytes: Bytes,
+    },
+    /// Stop a model, through systemd.
+    Stop {
+        /// Which.
+        instance: Instance,
+        /// Why.
+        reason: StopReason,
+        /// What it gives back, its shared weights only where it is the last to go.
+        frees_bytes: Bytes,
+    },
+    /// Start with a smaller context than configured, but no smaller than `context-min`.
+    ReduceContext {
+        /// Configured; tokens.
+        from: u64,
+        /// Chosen; tokens.
+        to: u64,
+    },
+}
+
+/// In a few words, as part of a sentence.
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::DropCache { frees_bytes, .. } => write!(f, "dropping {frees_bytes} of cold page cache"),
+            Self::Stop { instance, reason, frees_bytes } => {
+                let why = match reason {
+                    StopReason::Expired => "idle past its ttl",
+                    StopReason::Evicted => "lower priority",
+                    StopReason::Replaced => "idle, same priority",
+                    StopReason::Named => "named to go",
+                };
+                write!(f, "stopping {instance} ({why}, frees {frees_bytes})")
+            }
+            Self::ReduceContext { from, to } => write!(f, "reducing the context from {from} to {to}"),
+        }
+    }
+}
+
+/// A plan that ends with the model running.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The context it will run with, and what it takes there.
+    pub rung: Rung,
+    /// What has to be done first, in this order.
+    pub steps: Vec<Step>,
+}
+
+/// A plan that has to wait for others to finish what they are doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wait {
+    /// Models that are still loading, or already stopping.
+    pub on: Vec<Instance>,
+}
+
+/// The answer to a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Planned {
+    /// It can run, after these steps.
+    Admit(Plan),
+    /// It could, once some model has finished loading or stopping.
+    Wait(Wait),
+    /// It can't.
+    Refuse(Box<Refusal>),
+}
+
+/// A request in front of the holders, ready to be asked "does this fit without those?".
+pub(super) struct Scene<'a> {
+    pub(super) request: &'a Request,
+    pub(super) situation: Situation<'a>,
+    /// The holders by number, without the requesting instance itself.
+    pub(super) names: Vec<&'a Instance>,
+    pub(super) charges: Charges,
+    pub(super) room: PerPool,
+}
+
+impl<'a> Scene<'a> {
+    fn new(request: &'a Request, situation: Situation<'a>) -> Self {
+        let mut charges = Charges::default();
+        let mut names = Vec::new();
+        for (instance, reservation) in situation.holders {
+            if *instance != request.instance {
+                charges.add(reservation.held());
+                names.push(instance);
+            }
+        }
+        let room = capacity(situation.machine, situation.rules.reserve, situation.holders);
+        Self { request, situation, names, charges, room }
+    }
+
+    pub(super) fn fits(&self, rung: &Rung, gone: &[usize]) -> bool {
+        self.charge(rung, gone).within(&self.room)
+    }
+
+    pub(super) fn charge(&self, rung: &Rung, gone: &[usize]) -> PerPool {
+        self.charges.per_pool(self.situation.machine, gone, Some(&rung.footprint))
+    }
+
+    pub(super) fn reservation(&self, holder: usize) -> Option<&'a Reservation> {
+        self.situation.holders.get(*self.names.get(holder)?)
+    }
+
+    /// The numbers of the holders for which `choice` holds.
+    pub(super) fn select(&self, choice: impl Fn(&Instance, &Reservation) -> bool) -> Vec<usize> {
+        let matches = |n: &usize| self.reservation(*n).is_some_and(|r| choice(self.names[*n], r));
+        (0..self.names.len()).filter(matches).collect()
+    }
+
+    /// What stopping `holder` frees in memory when `gone` are gone already.
+    fn gain(&self, holder: usize, gone: &[usize]) -> Bytes {
+        let machine = self.situation.machine;
+        let with: Vec<usize> = gone.iter().copied().chain([holder]).collect();
+        let before = self.charges.per_pool(machine, gone, None);
+        let after = self.charges.per_pool(machine, &with, None);
+        // A discrete GPU's bytes are not memory, but they are what its eviction is for.
+        let card = |n: usize| machine.gpus.get(n).is_some_and(|gpu| gpu.kind == GpuKind::Discrete);
+        let cards: Bytes = (0..before.gpus.len())
+            .filter(|n| card(*n))
+            .map(|n| before.gpus[n] - after.gpus.get(n).copied().unwrap_or_default())
+            .sum();
+        before.memory - after.memory + cards
+    }
+
+    /// The fewest of `from` that have to go, beside `gone`, for `rung` to fit.
+    pub(super) fn fewest(&self, rung: &Rung, from: &[usize], gone: &[usize]) -> Option<Vec<usize>> {
+        let candidates: Vec<Candidate> = from
+            .iter()
+            .filter_map(|n| Some((*n, self.reservation(*n)?)))
+            .map(|(holder, r)| Candidate {
+                holder,
+                priority: r.priority,
+                reload: r.reload,
+                last_used: r.last_used,
+            })
+            .collect();
+        choose(&candidates, |set| self.fits(rung, &[gone, set].concat()), |n| self.gain(n, gone))
+    }
+
+    /// The holders that may be evicted now.
+    pub(super) fn evictable(&self) -> Vec<usize> {
+        self.select(|name, r| {
+            r.phase == Phase::Running && self.yields(r) && !self.request.stuck.contains(name)
+        })
+    }
+
+    /// Whether `r` has to yield to the request, once it is running.
+    fn yields(&self, r: &Reservation) -> bool {
+        if r.pinned {
+            return false;
+        }
+        let idle = self.situation.now.saturating_sub(r.last_used) >= IDLE_AFTER;
+        let replaceable = self.situation.rules.peers == Peers::ReplaceIdle && self.request.explicit && idle;
+        r.priority < self.request.priority || (r.priority == self.request.priority && replaceable)
+    }
+}
+
+/// Decides whether and how `request` can run.
+///
+/// In this order, and only as far as needed: drop cold page cache, stop models that are idle past
+/// their time to live, reduce the context as far as allowed, evict. Nothing is stopped by a plan
+/// that does not end with the model running.
+#[must_use]
+pub fn plan(request: &Request, situation: Situation<'_>) -> Planned {
+    let scene = Scene::new(request, situation);
+    let (Some(wanted), Some(smallest)) = (request.ladder.first(), request.ladder.last()) else {
+        return unknown(request, &scene);
+    };
+    if let Some(limit) = request.unit_limit
+        && smallest.footprint.private > limit
+        && !request.force
+    {
+        return Planned::Refuse(Box::new(refuse(&scene, RefusalKind::UnitLimit(limit))));
+    }
+    let named = scene.select(|name, _| request.instead_of.contains(name));
+    let pinned: Vec<usize> =
+        named.iter().copied().filter(|n| scene.reservation(*n).is_some_and(|r| r.pinned)).collect();
+    if !pinned.is_empty() && !request.force {
+        let names = pinned.iter().map(|n| scene.names[*n].clone()).collect();
+        return Planned::Refuse(Box::new(refuse(&scene, RefusalKind::NamedIsPinned(names))));
+    }
+    let admit = |rung: &Rung, gone: Vec<usize>| Planned::Admit(scene.assemble(rung, gone));
+    if scene.fits(wanted, &named) {
+        return admit(wanted, named);
+    }
+    let stopping = scene.select(|_, r| r.phase == Phase::Stopping);
+    if scene.fits(wanted, &[&named[..], &stopping].concat()) {
+        return scene.wait(stopping);
+    }
+
+    let expired: Vec<usize> =
+        scene.select(|name, r| r.expired(situation.now) && !request.instead_of.contains(name));
+    let rung = largest(&request.ladder, |rung| scene.fits(rung, &[&named[..], &expired].concat()));
+    if let Some(rung) = rung {
+        let few = scene.fewest(rung, &expired, &named).unwrap_or(expired);
+        return admit(rung, [named, few].concat());
+    }
+
+    let evictable: Vec<usize> =
+        scene.evictable().into_iter().filter(|n| !named.contains(n) && !expired.contains(n)).collect();
+    let base = [&named[..], &expired].concat();
+    if let Some(evicted) = scene.fewest(smallest, &evictable, &base) {
+        let few = scene.fewest(smallest, &expired, &[&named[..], &evicted].concat()).unwrap_or(expired);
+        let gone = [named, few, evicted].concat();
+        let rung = largest(&request.ladder, |rung| scene.fits(rung, &gone)).unwrap_or(smallest);
+        return admit(rung, gone);
+    }
+
+    let busy = scene.select(|_, r| {
+        r.phase == Phase::Stopping
+            || (matches!(r.phase, Phase::Loading | Phase::Preparing) && scene.yields(r))
+    });
+    if !busy.is_empty() && scene.fits(smallest, &[&base[..], &evictable, &busy].concat()) {
+        return scene.wait(busy);
+    }
+    if request.force {
+        return admit(wanted, base);
+    }
+    Planned::Refuse(Box::new(refuse(&scene, RefusalKind::WontFit)))
+}
+
+/// The numbers of a refusal of `request`, whatever it is refused for.
+pub(super) fn refusal_of(request: &Request, situation: Situation<'_>) -> Refusal {
+    refuse(&Scene::new(request, situation), RefusalKind::WontFit)
+}
+
+/// Whether `request` would fit as things are, at its full context and with nobody stopped.
+#[must_use]
+pub fn fits_as_is(request: &Request, situation: Situation<'_>) -> bool {
+    let scene = Scene::new(request, situation);
+    request.ladder.first().is_some_and(|wanted| scene.fits(wanted, &[]))
+}
+
+/// The largest context of the ladder (which descends) for which `fits` holds.
+fn largest(ladder: &[Rung], fits: impl Fn(&Rung) -> bool) -> Option<&Rung> {
+    ladder.get(ladder.partition_point(|rung| !fits(rung)))
+}
+
+/// A model of unknown size: admitted only by force, as one that takes nothing that is known.
+fn unknown(request: &Request, scene: &Scene<'_>) -> Planned {
+    if request.force {
+        let rung = Rung { context: 0, footprint: crate::ledger::Footprint::default() };
+        return Planned::Admit(Plan { rung, steps: Vec::new() });
+    }
+    let why = request.unknown.clone().unwrap_or_else(|| "no estimate could be made".to_owned());
+    Planned::Refuse(Box::new(refuse(scene, RefusalKind::UnknownSize(why))))
+}
+
+impl Scene<'_> {
+    fn wait(&self, on: Vec<usize>) -> Planned {
+        Planned::Wait(Wait { on: on.into_iter().map(|n| self.names[n].clone()).collect() })
+    }
+
+    /// The steps that make `rung` run with `gone` stopped, in the order of execution.
+    fn assemble(&self, rung: &Rung, gone: Vec<usize>) -> Plan {
+        let mut steps = Vec::new();
+        steps.extend(self.drop_cache(rung, &gone));
+        let mut stopped: Vec<usize> = Vec::new();
+        for holder in gone {
+            let Some(reservation) = self.reservation(holder) else { continue };
+            let instance = self.names[holder].clone();
+            let reason = if self.request.instead_of.contains(&instance) {
+                StopReason::Named
+            } else if reservation.expired(self.situation.now) {
+                StopReason::Expired
+            } else if reservation.priority < self.request.priority {
+                StopReason::Evicted
+            } else {
+                StopReason::Replaced
+            };
+            let frees_bytes = self.gain(holder, &stopped);
+            stopped.push(holder);
+            steps.push(Step::Stop { instance, reason, frees_bytes });
+        }
+        if let Some(wanted) = self.request.ladder.first()
+            && wanted.context != rung.context
+        {
+            steps.push(Step::ReduceContext { from: wanted.context, to: rung.context });
+        }
+        Plan { rung: rung.clone(), steps }
+    }
+
+    /// Cold cache is available memory already, so dropping it is no gain in the ledger. It spares a
+    /// large allocation the wait for reclaim (loads without mmap have died of it), so it is dropped
+    /// where free memory alone would not do.
+    fn drop_cache(&self, rung: &Rung, gone: &[usize]) -> Option<Step> {
+        let machine = self.situation.machine;
+        let to_allocate: Bytes = rung.footprint.private + rung.footprint.gpus.iter().copied().sum();
+        if machine.memory.free >= to_allocate {
+            return None;
+        }
+        let staying = (0..self.names.len()).filter(|n| !gone.contains(n));
+        let kept: BTreeSet<FileId> = staying
+            .filter_map(|n| self.reservation(n))
+            .flat_map(|r| &r.predicted.mapped)
+            .chain(&rung.footprint.mapped)
+            .map(|m| m.file)
+            .collect();
+        let cold: Vec<(FileId, Bytes)> = machine
+            .cached
+            .iter()
+            .filter(|(file, bytes)| !kept.contains(file) && !bytes.is_zero())
+            .map(|(file, bytes)| (*file, *bytes))
+            .collect();
+        (!cold.is_empty()).then(|| Step::DropCache {
+            files: cold.iter().map(|(file, _)| *file).collect(),
+            frees_bytes: cold.iter().map(|(_, bytes)| *bytes).sum(),
+        })
+    }
+}

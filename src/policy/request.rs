@@ -1,0 +1,118 @@
+//! What is asked for, and the rules that it is judged by.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use crate::bytes::Bytes;
+use crate::config::Instance;
+use crate::ledger::{Footprint, Memory, Reservation};
+
+/// One context length at which a model could run, and what it takes there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rung {
+    /// Context length, all slots together; tokens.
+    pub context: u64,
+    /// What it takes.
+    pub footprint: Footprint,
+}
+
+/// A wish to run one instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Who.
+    pub instance: Instance,
+    /// InvocationID of the unit that asks; a plan that nobody executes leaves it empty.
+    pub invocation: String,
+    /// 0 to 100; only strictly lower ones are evicted for it.
+    pub priority: u8,
+    /// Never evicted once it runs.
+    pub pinned: bool,
+    /// From the wanted context down to the smallest allowed one, never empty unless `unknown`.
+    pub ladder: Vec<Rung>,
+    /// Smaller contexts that the configuration does not allow: only for advice in a refusal.
+    pub advice: Vec<Rung>,
+    /// Stop it after this long without a request; milliseconds.
+    pub ttl: Option<u64>,
+    /// What loading it reads from disk.
+    pub reload: Bytes,
+    /// Whether its anonymous memory may be swapped out (`workload = "batch"`).
+    pub may_swap: bool,
+    /// Models that a person named to go for it, whatever their priority.
+    pub instead_of: BTreeSet<Instance>,
+    /// Models that could not be stopped: as good as pinned for this request.
+    pub stuck: BTreeSet<Instance>,
+    /// Admit it even if it doesn't fit, or if its size is unknown.
+    pub force: bool,
+    /// A person asked for it now (not a boot, a restart or a restoration).
+    pub explicit: bool,
+    /// The size can't be estimated: why.
+    pub unknown: Option<String>,
+    /// Largest memory that the administrator's MemoryMax= allows this unit.
+    pub unit_limit: Option<Bytes>,
+}
+
+impl Request {
+    /// The reservation that it gets at `rung`.
+    #[must_use]
+    pub fn reservation(&self, rung: &Rung, phase: crate::ledger::Phase, now: u64) -> Reservation {
+        Reservation {
+            phase,
+            priority: self.priority,
+            pinned: self.pinned,
+            context: rung.context,
+            predicted: rung.footprint.clone(),
+            measured: crate::ledger::Measured::default(),
+            invocation: self.invocation.clone(),
+            last_used: now,
+            ttl: self.ttl,
+            reload: self.reload,
+        }
+    }
+}
+
+/// Whether decisions are carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Admit, make room, refuse.
+    #[default]
+    Enforce,
+    /// Admit everything, act on nothing, and say what would have been done.
+    Observe,
+}
+
+/// What an explicit start may do to models of equal priority.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Peers {
+    /// Nothing.
+    #[default]
+    Keep,
+    /// Replace those that are idle and not pinned.
+    ReplaceIdle,
+}
+
+/// The rules of this machine, from its configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// Memory kept for the system; see [`auto_reserve`].
+    pub reserve: Bytes,
+    /// Whether decisions are carried out.
+    pub mode: Mode,
+    /// What an explicit start may do to its equals.
+    pub peers: Peers,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self { reserve: Bytes::gib(2), mode: Mode::Enforce, peers: Peers::Keep }
+    }
+}
+
+/// The reserve when none is configured: a thirty-second of memory, at least 128 MiB and at most
+/// 4 GiB. What the system uses already is counted apart; this is for what it may yet want.
+#[must_use]
+pub fn auto_reserve(memory: &Memory) -> Bytes {
+    memory.total.mul_div(1, 32).clamp(Bytes::mib(128), Bytes::gib(4))
+}
