@@ -1,13 +1,18 @@
-//! The traits between the decisions and the world: one real implementation, one simulated.
+//! The traits between the daemon's loop and the world: one real implementation each, one simulated.
 
-use crate::ledger::Machine;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::PathBuf;
+
+use crate::config::{Instance, ModelName};
+use crate::ledger::{Gpu, Machine};
 use crate::policy::core::Effect;
-use crate::policy::{ActionId, Outcome};
+use crate::policy::{ActionId, Outcome, Refusal, Request};
 
 /// Where the outcome of an effect goes, from whatever task or thread it ends in.
 pub type Outcomes = Box<dyn Fn(ActionId, Outcome) + Send>;
 
-/// The world as the daemon's loop sees it.
+/// The machine as the daemon's loop sees it.
 pub trait Ports {
     /// Milliseconds since boot, suspend included.
     fn now(&self) -> u64;
@@ -16,6 +21,94 @@ pub trait Ports {
     /// cache of files) is read elsewhere and only handed in.
     fn observe(&mut self) -> Machine;
 
-    /// Begins an effect and returns at once; its outcome goes to `done`, exactly once.
+    /// Begins an effect and returns at once; its outcome goes to `done`, exactly once. A start has
+    /// its outcome when the unit answers, or when its start has failed.
     fn perform(&mut self, id: ActionId, effect: Effect, done: Outcomes);
+
+    /// The answer to a request that no call on the bus waits for: the simulated gate's.
+    fn answered(&mut self, ticket: u64, answer: Result<u64, Box<Refusal>>);
+}
+
+/// The models that can be run, and what each would take.
+///
+/// Reads files, so it is called from threads that may block.
+pub trait Catalog: Send + Sync {
+    /// Every configured model.
+    fn models(&self) -> Vec<ModelInfo>;
+
+    /// What is asked of the decisions when `wish` is granted.
+    ///
+    /// # Errors
+    /// A sentence on what is wrong with the model, its files or the wish.
+    fn request(&self, wish: &Wish, gpus: &[Gpu]) -> Result<Request, CatalogError>;
+
+    /// What to execute for an instance that was admitted at `context` (tokens) for `wish`.
+    ///
+    /// # Errors
+    /// A sentence on what is wrong with the engine's configuration.
+    fn launch(&self, wish: &Wish, context: u64, gpus: &[Gpu]) -> Result<Launch, CatalogError>;
+}
+
+/// What the daemon shows of a configured model.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ModelInfo {
+    /// Its name, absent where the configuration gives none that is valid.
+    pub name: Option<ModelName>,
+    /// 0 to 100.
+    pub priority: u8,
+    /// Configured as pinned.
+    pub pinned: bool,
+    /// Configured context; tokens, 0 where the model's own is used.
+    pub context: u64,
+    /// Slots.
+    pub parallel: u64,
+    /// Where its first instance answers.
+    pub address: String,
+    /// Other names.
+    pub aliases: Vec<String>,
+    /// Labels.
+    pub modes: Vec<String>,
+    /// Why it can't be started, where its configuration is wrong.
+    pub broken: Option<String>,
+}
+
+/// A wish to run (or only to weigh) an instance.
+#[derive(Debug, Default)]
+pub struct Wish {
+    /// Who; absent only in a default value.
+    pub instance: Option<Instance>,
+    /// InvocationID of the asking unit; empty for a plan.
+    pub invocation: String,
+    /// The model's files as the unit's user could open them; for a plan the catalogue opens them.
+    pub files: Vec<(PathBuf, File)>,
+    /// The unit's environment, as far as it matters to the engine's memory.
+    pub environment: BTreeMap<String, String>,
+    /// Another context than the configured one; tokens.
+    pub context: Option<u64>,
+    /// Models named to go for it.
+    pub instead_of: BTreeSet<Instance>,
+    /// Admit it whatever the arithmetic says.
+    pub force: bool,
+    /// A person asked for it now.
+    pub explicit: bool,
+}
+
+/// What to execute.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Launch {
+    /// The absolute path of the executable and its arguments.
+    pub argv: Vec<String>,
+    /// What to set in the environment.
+    pub environment: BTreeMap<String, String>,
+}
+
+/// Why the catalogue can't answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CatalogError {
+    /// There is no such model.
+    #[error("{0}")]
+    NotFound(String),
+    /// Its configuration or its files are wrong.
+    #[error("{0}")]
+    Config(String),
 }
