@@ -8,6 +8,8 @@
 pub mod bytes;
 pub mod config;
 pub mod dbus;
+pub mod host;
 pub mod ledger;
+pub mod os;
 pub mod policy;
 pub mod ports;

@@ -1,0 +1,256 @@
+//! Control groups (version 2): what a unit holds, and what it may hold.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::{Card, Host, HostError, flat_keyed};
+use crate::bytes::Bytes;
+use crate::ledger::Measured;
+
+const MOUNT: &str = "/sys/fs/cgroup";
+
+/// Groups below a unit are looked into this deep, and this many processes are listed. An engine
+/// has a handful; a container's payload a few levels.
+const DEPTH: usize = 8;
+const PROCESSES: usize = 16_384;
+
+/// The path of a control group below the hierarchy's root, as systemd's ControlGroup property and
+/// /proc/PID/cgroup have it: `/llm.slice/llm@small.service`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ControlGroup(String);
+
+/// Not the path of a control group.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not the path of a control group")]
+pub struct ControlGroupError(String);
+
+impl FromStr for ControlGroup {
+    type Err = ControlGroupError;
+
+    /// Refuses what is not absolute, has `..` in it (a process outside of our cgroup namespace)
+    /// or is the root.
+    fn from_str(text: &str) -> Result<Self, ControlGroupError> {
+        let parts = text.strip_prefix('/').unwrap_or_default();
+        let sound = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
+        if text.len() <= 4096 && parts.split('/').all(sound) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(ControlGroupError(text.chars().take(200).collect()))
+        }
+    }
+}
+
+impl fmt::Display for ControlGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl ControlGroup {
+    /// The group that this one is in; `None` for one directly below the root.
+    #[must_use]
+    pub fn parent(&self) -> Option<Self> {
+        match self.0.rsplit_once('/') {
+            Some((parent, _)) if !parent.is_empty() => Some(Self(parent.to_owned())),
+            _ => None,
+        }
+    }
+
+    pub(super) fn file(&self, name: &str) -> String {
+        format!("{MOUNT}{}/{name}", self.0)
+    }
+}
+
+/// What memory.events counts since the group was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryEvents {
+    /// Times that usage was held at memory.high.
+    pub high: u64,
+    /// Times that usage ran into memory.max.
+    pub max: u64,
+    /// Times that an allocation was about to fail.
+    pub oom: u64,
+    /// Processes killed for memory, for this group's limit or the machine's.
+    pub oom_kill: u64,
+}
+
+impl Host {
+    /// Whether /sys/fs/cgroup is the unified hierarchy (version 2), which everything here needs.
+    #[must_use]
+    pub fn has_cgroup_v2(&self) -> bool {
+        self.path(&format!("{MOUNT}/cgroup.controllers")).exists()
+    }
+
+    /// The directory of a group.
+    #[must_use]
+    pub fn group_directory(&self, group: &ControlGroup) -> PathBuf {
+        self.path(&format!("{MOUNT}{group}"))
+    }
+
+    /// What a unit holds, on the host and on each GPU of `cards` that is a pool (in their order,
+    /// as in `ledger::Machine::gpus`). GPU bytes are left empty where a process can't be looked at.
+    pub fn measured(&self, group: &ControlGroup, cards: &[Card]) -> Result<Measured, HostError> {
+        let mut measured = self.group_memory(group)?;
+        let pools: Vec<&Card> = cards.iter().filter(|card| card.heap().is_some()).collect();
+        if !pools.is_empty()
+            && let Some(usage) = self.drm_usage(&self.processes(group)?)
+        {
+            measured.gpus = pools.iter().map(|card| usage.of(card)).collect();
+        }
+        Ok(measured)
+    }
+
+    /// Host memory charged to a group, by class.
+    fn group_memory(&self, group: &ControlGroup) -> Result<Measured, HostError> {
+        let stat = group.file("memory.stat");
+        let text = self.read(&stat)?;
+        let swapped = self.read_if_there(&group.file("memory.swap.current"))?;
+        let swapped = swapped.and_then(|text| text.trim().parse().ok()).unwrap_or_default();
+        measured_from_stat(&text, Bytes(swapped)).ok_or_else(|| self.content(&stat, "anon and file"))
+    }
+
+    /// The smallest memory.max of `group` and all groups above it; `None` where none is set.
+    /// The root has one only inside a container.
+    pub fn memory_limit(&self, group: &ControlGroup) -> Result<Option<Bytes>, HostError> {
+        let mut limit = self.limit_in(&format!("{MOUNT}/memory.max"))?;
+        let mut next = Some(group.clone());
+        while let Some(group) = next {
+            limit = limit.into_iter().chain(self.limit_in(&group.file("memory.max"))?).min();
+            next = group.parent();
+        }
+        Ok(limit)
+    }
+
+    fn limit_in(&self, path: &str) -> Result<Option<Bytes>, HostError> {
+        match self.read_if_there(path)? {
+            None => Ok(None),
+            Some(text) if text.trim() == "max" => Ok(None),
+            Some(text) => {
+                let bytes =
+                    text.trim().parse().map_err(|_| self.content(path, "a number of bytes or max"))?;
+                Ok(Some(Bytes(bytes)))
+            }
+        }
+    }
+
+    /// memory.current, clean page cache included: what a limit is compared with, not what the
+    /// unit needs.
+    pub fn memory_current(&self, group: &ControlGroup) -> Result<Bytes, HostError> {
+        let path = group.file("memory.current");
+        let text = self.read(&path)?;
+        text.trim().parse().map(Bytes).map_err(|_| self.content(&path, "a number of bytes"))
+    }
+
+    /// The group's memory.events.
+    pub fn memory_events(&self, group: &ControlGroup) -> Result<MemoryEvents, HostError> {
+        let text = self.read(&group.file("memory.events"))?;
+        let count = |key| flat_keyed(&text, key).unwrap_or_default();
+        Ok(MemoryEvents {
+            high: count("high"),
+            max: count("max"),
+            oom: count("oom"),
+            oom_kill: count("oom_kill"),
+        })
+    }
+
+    /// Whether any process is left in the group or below; a group that is gone has none.
+    pub fn populated(&self, group: &ControlGroup) -> Result<bool, HostError> {
+        let text = self.read_if_there(&group.file("cgroup.events"))?;
+        Ok(text.is_some_and(|text| flat_keyed(&text, "populated") == Some(1)))
+    }
+
+    /// The processes in the group and below it; none when it is gone.
+    pub fn processes(&self, group: &ControlGroup) -> Result<Vec<u32>, HostError> {
+        let mut pids = Vec::new();
+        let mut level = vec![group.clone()];
+        for _ in 0..DEPTH {
+            let mut below = Vec::new();
+            for group in level {
+                if let Some(text) = self.read_if_there(&group.file("cgroup.procs"))? {
+                    pids.extend(text.lines().filter_map(|line| line.trim().parse::<u32>().ok()));
+                }
+                if pids.len() > PROCESSES {
+                    pids.truncate(PROCESSES);
+                    return Ok(pids);
+                }
+                let Ok(entries) = std::fs::read_dir(self.group_directory(&group)) else { continue };
+                for entry in entries.filter_map(Result::ok) {
+                    if entry.file_type().is_ok_and(|kind| kind.is_dir())
+                        && let Some(name) = entry.file_name().to_str()
+                    {
+                        below.push(ControlGroup(format!("{group}/{name}")));
+                    }
+                }
+            }
+            level = below;
+        }
+        Ok(pids)
+    }
+}
+
+/// The classes of memory.stat (cgroup-v2.rst). `None` when `anon` or `file` are missing.
+fn measured_from_stat(text: &str, swapped: Bytes) -> Option<Measured> {
+    let field = |key| flat_keyed(text, key).map(Bytes);
+    let or_zero = |key| field(key).unwrap_or_default();
+    let (anon, file) = (field("anon")?, field("file")?);
+    // `file` counts shared memory (tmpfs, memfd) too, which no disk holds.
+    let shmem = or_zero("shmem");
+    // `kernel` came with Linux 5.18; before that its parts have to be added up.
+    let kernel = match field("kernel") {
+        Some(kernel) => kernel - or_zero("slab_reclaimable"),
+        None => ["kernel_stack", "pagetables", "sec_pagetables", "percpu", "vmalloc", "slab_unreclaimable"]
+            .into_iter()
+            .map(or_zero)
+            .sum(),
+    };
+    // Locked pages of any kind are on one list, `unevictable`; the anonymous ones among them are
+    // those that the two lists of anonymous pages lack. The rest are locked weights.
+    let unevictable = or_zero("unevictable");
+    let locked_anon = (anon + shmem) - (or_zero("active_anon") + or_zero("inactive_anon"));
+    let locked_file = (unevictable - locked_anon).min(file - shmem);
+    Some(Measured {
+        private: anon + shmem + kernel,
+        locked_file,
+        file: file - shmem - locked_file,
+        swapped,
+        gpus: Vec::new(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_paths_are_refused() {
+        for text in ["", "/", "llm.slice", "/a/../b", "/..", "/a//b", "/a/", "/a\0b", "/./a"] {
+            assert!(text.parse::<ControlGroup>().is_err(), "{text:?}");
+        }
+        let group: ControlGroup = "/llm.slice/llm@a@2.service".parse().unwrap();
+        assert_eq!(group.parent().unwrap().to_string(), "/llm.slice");
+        assert_eq!(group.parent().unwrap().parent(), None);
+    }
+
+    #[test]
+    fn locked_pages_are_told_apart() {
+        // 100 anonymous of which 30 are locked, 10 shared, 500 of files of which 200 are locked.
+        let text = "anon 100\nfile 510\nkernel 9\nslab_reclaimable 4\nshmem 10\n\
+                    inactive_anon 60\nactive_anon 20\nunevictable 230\n";
+        let measured = measured_from_stat(text, Bytes(7)).unwrap();
+        assert_eq!(measured.private, Bytes(115));
+        assert_eq!(measured.locked_file, Bytes(200));
+        assert_eq!(measured.file, Bytes(300));
+        assert_eq!(measured.swapped, Bytes(7));
+        assert_eq!(measured.unreclaimable(), Bytes(315));
+    }
+
+    #[test]
+    fn contents_that_make_no_sense_do_no_harm() {
+        assert_eq!(measured_from_stat("", Bytes::ZERO), None);
+        let absurd = format!("anon {0}\nfile 0\nshmem {0}\nunevictable {0}\n", u64::MAX);
+        let measured = measured_from_stat(&absurd, Bytes::ZERO).unwrap();
+        assert_eq!(measured.private, Bytes::MAX);
+        assert_eq!(measured.locked_file, Bytes::ZERO);
+    }
+}

@@ -1,0 +1,35 @@
+//! Identity of processes and of this boot.
+
+use super::{ControlGroup, Host, HostError};
+
+impl Host {
+    /// The boot id: changes with every boot, so that what a file remembers of processes is known
+    /// to be of this one.
+    pub fn boot_id(&self) -> Result<String, HostError> {
+        const PATH: &str = "/proc/sys/kernel/random/boot_id";
+        let text = self.read(PATH)?;
+        let id = text.trim();
+        if id.is_empty() { Err(self.content(PATH, "the boot's id")) } else { Ok(id.to_owned()) }
+    }
+
+    /// When process `pid` started, in clock ticks since boot. With the pid it identifies a process
+    /// for as long as the machine is up, where no pidfd can be kept (across a restart).
+    pub fn start_time(&self, pid: u32) -> Result<u64, HostError> {
+        let path = format!("/proc/{pid}/stat");
+        let text = self.read(&path)?;
+        // The name in parentheses may hold anything, also parentheses and spaces: field 22 is the
+        // 20th after the last of them.
+        let start = text.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19)?.parse().ok());
+        start.ok_or_else(|| self.content(&path, "when the process started"))
+    }
+
+    /// The control group (version 2) that process `pid` is in.
+    pub fn group_of(&self, pid: u32) -> Result<ControlGroup, HostError> {
+        let path = format!("/proc/{pid}/cgroup");
+        let text = self.read(&path)?;
+        let group = text.lines().find_map(|line| line.strip_prefix("0::"));
+        group
+            .and_then(|group| group.parse().ok())
+            .ok_or_else(|| self.content(&path, "a control group of version 2"))
+    }
+}

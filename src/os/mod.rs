@@ -1,0 +1,9 @@
+//! System calls that nix does not wrap, each as one safe function.
+//!
+//! What `host` reads and `action` does with them stands there; nothing here knows why it is called.
+
+mod pidfd;
+mod residency;
+
+pub use pidfd::{pid_of, pidfd_open, pidfd_send_signal};
+pub use residency::{ResidencyError, resident_bytes};
