@@ -8,6 +8,8 @@
 pub mod bytes;
 pub mod config;
 pub mod dbus;
+pub mod fit;
+pub mod gguf;
 pub mod host;
 pub mod ledger;
 pub mod os;

@@ -1,0 +1,228 @@
+//! The fit calculator: what llama-server will allocate for a model with given settings.
+//!
+//! [`Facts`] are taken from a model's header once; [`estimate`] is a pure function of them, the
+//! [`Settings`] and the [`Devices`]. Weights, cache and state follow llama.cpp's own rules to the byte.
+
+mod arch;
+pub mod args;
+mod cache;
+mod compute;
+mod extras;
+mod facts;
+mod flags;
+mod pattern;
+mod place;
+mod settings;
+mod weights;
+
+use serde::Serialize;
+
+pub use arch::Arch;
+pub use cache::Shape;
+pub use facts::{Facts, Layer};
+pub use place::{Budget, Placement, max_context, place};
+pub use settings::{
+    Device, DeviceKind, Devices, Draft, FlashAttention, GpuLayers, LoadMode, Override, Settings, SplitMode,
+};
+
+/// The version of llama.cpp whose rules these are.
+pub const ENGINE_VERSION: &str = "0.7.0 (build 11669)";
+
+/// Why there is no estimate. Each is one sentence.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FitError {
+    /// A projector, an adapter, or a file without an architecture.
+    #[error("this is no language model ({})", if architecture.is_empty() { "it names no architecture" } else { architecture.as_str() })]
+    NotALanguageModel {
+        /// What the file says that it is.
+        architecture: String,
+    },
+    /// Metadata that llama.cpp needs as well.
+    #[error("metadata {key} {problem}")]
+    Metadata {
+        /// The key.
+        key: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Settings that the engine would refuse, or abort on.
+    #[error("llama-server refuses these settings: {0}")]
+    Rejected(String),
+    /// Settings that are not understood well enough for a number.
+    #[error("no estimate is possible: {0}")]
+    Unknown(String),
+}
+
+/// Bytes by what they are for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Parts {
+    /// Weights, mapped or not.
+    pub weights_bytes: u64,
+    /// Caches of K and V, and of an indexer's keys.
+    pub kv_bytes: u64,
+    /// Recurrent state.
+    pub state_bytes: u64,
+    /// Compute buffers.
+    pub compute_bytes: u64,
+    /// The buffer of logits.
+    pub output_bytes: u64,
+    /// Prompt cache, context checkpoints and the process itself.
+    pub extras_bytes: u64,
+    /// All of them.
+    pub total_bytes: u64,
+}
+
+impl Parts {
+    /// Sets the total to the sum.
+    fn summed(mut self) -> Self {
+        self.total_bytes = [
+            self.weights_bytes,
+            self.kv_bytes,
+            self.state_bytes,
+            self.compute_bytes,
+            self.output_bytes,
+            self.extras_bytes,
+        ]
+        .iter()
+        .fold(0, |n: u64, part| n.saturating_add(*part));
+        self
+    }
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            weights_bytes: self.weights_bytes.saturating_add(other.weights_bytes),
+            kv_bytes: self.kv_bytes.saturating_add(other.kv_bytes),
+            state_bytes: self.state_bytes.saturating_add(other.state_bytes),
+            compute_bytes: self.compute_bytes.saturating_add(other.compute_bytes),
+            output_bytes: self.output_bytes.saturating_add(other.output_bytes),
+            extras_bytes: self.extras_bytes.saturating_add(other.extras_bytes),
+            total_bytes: 0,
+        }
+        .summed()
+    }
+}
+
+/// Where the bytes are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Split {
+    /// On all devices together.
+    pub gpu: Parts,
+    /// On the host.
+    pub host: Parts,
+}
+
+/// Host memory beyond the engine's own buffers; each part is in `extras_bytes`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Extras {
+    /// The prompt cache at its limit (`--cache-ram`).
+    pub prompt_cache_bytes: u64,
+    /// Context checkpoints of all slots at their most (`--ctx-checkpoints`).
+    pub checkpoint_bytes: u64,
+    /// The process: code, vocabulary, buffers of the server.
+    pub runtime_bytes: u64,
+}
+
+/// What llama-server will allocate.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    /// Context of all slots together, after rounding.
+    pub context: u64,
+    /// Context of one slot (of all of them together with a unified cache).
+    pub context_per_slot: u64,
+    /// Slots.
+    pub slots: u32,
+    /// Whether all slots share one cache.
+    pub kv_unified: bool,
+    /// Whether flash attention is used.
+    pub flash_attention: bool,
+    /// The bytes.
+    #[serde(flatten)]
+    pub bytes: Parts,
+    /// Where they are.
+    pub split: Split,
+    /// Each device's bytes, in the order of the devices used.
+    pub devices: Vec<Parts>,
+    /// What `extras_bytes` is made of.
+    pub extras: Extras,
+    /// Weights on the host that stay backed by the files: reclaimable, read again from disk.
+    pub mapped_bytes: u64,
+    /// `mapped_bytes` for each file.
+    pub mapped_by_shard: Vec<u64>,
+    /// Weights on the host in anonymous memory.
+    pub anonymous_weights_bytes: u64,
+    /// The part of `anonymous_weights_bytes` that is repacked: its mapped originals stay as page cache.
+    pub repacked_bytes: u64,
+    /// Layers on devices, the output counted as one.
+    pub gpu_layers: u32,
+    /// Whether weights, cache and state are exact and compute follows the engine's own rules; false where a
+    /// bound stands in.
+    pub exact: bool,
+    /// Whether the architecture is known; if not, all is a bound and admission fails closed.
+    pub known: bool,
+    /// What the reader of the figures should know, one sentence each.
+    pub notes: Vec<String>,
+}
+
+/// What llama-server will allocate for a model.
+///
+/// # Errors
+/// The settings are such that the engine would refuse them.
+pub fn estimate(facts: &Facts, settings: &Settings, devices: &Devices) -> Result<Estimate, FitError> {
+    let used = devices.used(settings);
+    let shape = Shape::new(facts, settings)?;
+    let assigned = weights::assign(facts, settings, &used);
+    let placed = weights::weights(facts, settings, &used, &assigned)?;
+    let cached = cache::cache(facts, settings, &shape, &assigned, used.len())?;
+    let computed = compute::compute(facts, settings, &shape, &assigned, &placed, used.len());
+    let extras = extras::extras(facts, settings, &shape);
+
+    let mut host = Parts {
+        weights_bytes: placed.host_bytes(),
+        kv_bytes: cached.host.kv,
+        state_bytes: cached.host.state,
+        compute_bytes: computed.host,
+        output_bytes: computed.output,
+        extras_bytes: extras.prompt_cache_bytes + extras.checkpoint_bytes + extras.runtime_bytes,
+        total_bytes: 0,
+    };
+    host = host.summed();
+    let per_device: Vec<Parts> = (0..used.len())
+        .map(|i| {
+            Parts {
+                weights_bytes: placed.devices[i],
+                kv_bytes: cached.devices[i].kv,
+                state_bytes: cached.devices[i].state,
+                compute_bytes: computed.devices[i],
+                ..Parts::default()
+            }
+            .summed()
+        })
+        .collect();
+    let gpu = per_device.iter().fold(Parts::default(), |sum, part| sum.add(*part));
+    let mut notes = computed.notes;
+    if !facts.known {
+        notes.push(format!(
+            "the architecture {} is unknown: all but the weights is a bound",
+            facts.architecture
+        ));
+    }
+    Ok(Estimate {
+        context: shape.context,
+        context_per_slot: shape.cells,
+        slots: shape.slots,
+        kv_unified: shape.unified,
+        flash_attention: shape.flash_attention,
+        bytes: host.add(gpu),
+        split: Split { gpu, host },
+        devices: per_device,
+        extras,
+        mapped_bytes: placed.mapped_by_shard.iter().sum(),
+        mapped_by_shard: placed.mapped_by_shard,
+        anonymous_weights_bytes: placed.anonymous,
+        repacked_bytes: placed.repacked,
+        gpu_layers: assigned.count(),
+        exact: computed.exact && cached.exact && facts.known,
+        known: facts.known,
+        notes,
+    })
+}

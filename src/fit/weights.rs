@@ -1,0 +1,262 @@
+//! Where weights go: layers over devices, overrides, repacking, mapping.
+
+use super::FitError;
+use super::facts::{Class, Facts, Group, Place};
+use super::pattern::Pattern;
+use super::settings::{Device, DeviceKind, GpuLayers, LoadMode, Override, Settings};
+use crate::gguf::TensorType;
+
+/// Which device each layer is on: none is the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Assigned {
+    /// One for each layer, prediction layers too.
+    pub layers: Vec<Option<usize>>,
+    /// That of the output.
+    pub output: Option<usize>,
+}
+
+impl Assigned {
+    /// How many layers are on devices, the output counted as one.
+    pub fn count(&self) -> u32 {
+        let count = self.layers.iter().chain([&self.output]).filter(|d| d.is_some()).count();
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+}
+
+/// The number that `--gpu-layers` comes to.
+pub(super) fn gpu_layers(facts: &Facts, settings: &Settings) -> u32 {
+    match settings.gpu_layers {
+        GpuLayers::Count(n) => n.min(facts.layer_count_all + 1),
+        // The engine's own choice without `--fit`, and what it starts from with it.
+        GpuLayers::All | GpuLayers::Auto => facts.layer_count_all + 1,
+    }
+}
+
+/// Assigns layers to devices: the last `--gpu-layers` of them, the output first, in proportion to
+/// `--tensor-split` or to free memory (`llama_model_base::load_tensors`).
+#[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)] // the engine computes in 32-bit floats
+pub(super) fn assign(facts: &Facts, settings: &Settings, used: &[&Device]) -> Assigned {
+    let all = facts.layer_count_all;
+    let on_devices = if used.is_empty() { 0 } else { gpu_layers(facts, settings) };
+    let first = (all + 1).saturating_sub(on_devices);
+    let shares = shares(settings, used);
+    let device = |layer: u32| {
+        if layer < first || on_devices == 0 {
+            return None;
+        }
+        let position = (layer - first) as f32 / on_devices as f32;
+        Some(shares.iter().position(|end| position < *end).unwrap_or(used.len() - 1))
+    };
+    Assigned { layers: (0..all).map(device).collect(), output: device(all) }
+}
+
+/// The end of each device's share of the layers, between 0 and 1.
+#[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)] // as above
+fn shares(settings: &Settings, used: &[&Device]) -> Vec<f32> {
+    let given = settings.tensor_split.iter().take(used.len()).any(|s| *s > 0.0);
+    let share = |i: usize| match () {
+        () if given => settings.tensor_split.get(i).copied().unwrap_or(0.0) as f32,
+        () => used[i].free as f32,
+    };
+    let mut ends = Vec::with_capacity(used.len());
+    let mut sum = 0.0;
+    for i in 0..used.len() {
+        sum += share(i);
+        ends.push(sum);
+    }
+    if sum <= 0.0 {
+        return (1..=used.len()).map(|i| i as f32 / used.len() as f32).collect();
+    }
+    ends.iter().map(|end| end / sum).collect()
+}
+
+/// Where all weights are, in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Placed {
+    /// On each device.
+    pub devices: Vec<u64>,
+    /// On the host, mapped, by file.
+    pub mapped_by_shard: Vec<u64>,
+    /// On the host, anonymous, repacked ones too.
+    pub anonymous: u64,
+    /// On the host, repacked.
+    pub repacked: u64,
+    /// Layers whose experts are not where their layer is.
+    pub split_experts: Vec<bool>,
+    /// Layers whose dense feed-forward weights are not where their layer is.
+    pub split_dense: Vec<bool>,
+}
+
+impl Placed {
+    pub fn host_bytes(&self) -> u64 {
+        self.mapped_by_shard.iter().fold(self.anonymous, |n, bytes| n.saturating_add(*bytes))
+    }
+}
+
+/// A kind of buffer on the host or a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Buffer {
+    Host,
+    Device(usize),
+}
+
+/// An override with its pattern compiled.
+enum Rule {
+    Moe(u32),
+    Dense(u32),
+    Pattern(Pattern, Buffer),
+}
+
+impl Rule {
+    fn applies(&self, group: &Group, name: Option<&str>) -> Option<Buffer> {
+        let within = |n: u32| matches!(group.place, Place::Layer(layer) if layer < n);
+        match self {
+            Self::Moe(n) => (group.class == Class::Experts && within(*n)).then_some(Buffer::Host),
+            Self::Dense(n) => (group.class == Class::DenseFeedForward && within(*n)).then_some(Buffer::Host),
+            Self::Pattern(pattern, buffer) => name.filter(|n| pattern.matches(n)).map(|_| *buffer),
+        }
+    }
+}
+
+fn rules(settings: &Settings, used: &[&Device]) -> Result<Vec<Rule>, FitError> {
+    let rule = |o: &Override| {
+        Ok(match o {
+            Override::CpuMoe(n) => Rule::Moe(*n),
+            Override::CpuFfn(n) => Rule::Dense(*n),
+            Override::Pattern { pattern, buffer } => {
+                let compiled = Pattern::new(pattern).map_err(|why| {
+                    FitError::Rejected(format!("'{pattern}' of --override-tensor is not {why}"))
+                })?;
+                let device = used.iter().position(|d| d.name == *buffer).map(Buffer::Device);
+                let host = buffer.starts_with("CPU").then_some(Buffer::Host);
+                let place = device.or(host).ok_or_else(|| {
+                    FitError::Rejected(format!(
+                        "'{buffer}' of --override-tensor is no buffer type of this machine"
+                    ))
+                })?;
+                Rule::Pattern(compiled, place)
+            }
+        })
+    };
+    settings.overrides.iter().map(rule).collect()
+}
+
+/// Places the weights.
+pub(super) fn weights(
+    facts: &Facts,
+    settings: &Settings,
+    used: &[&Device],
+    assigned: &Assigned,
+) -> Result<Placed, FitError> {
+    let rules = rules(settings, used)?;
+    let mut placing = Placing {
+        repacks: settings.repack && (settings.no_host || !used.iter().any(|d| d.host_buffer)),
+        avx512: true,
+        mapped: is_mapped(settings, used),
+        assigned,
+        placed: Placed {
+            devices: vec![0; used.len()],
+            mapped_by_shard: vec![0; facts.shards],
+            split_experts: vec![false; facts.layers.len()],
+            split_dense: vec![false; facts.layers.len()],
+            ..Placed::default()
+        },
+    };
+    if rules.iter().any(|r| matches!(r, Rule::Pattern(..))) {
+        for named in &facts.named {
+            placing.put(&named.group, rules.iter().find_map(|r| r.applies(&named.group, Some(&named.name))));
+        }
+    } else {
+        for group in &facts.groups {
+            placing.put(group, rules.iter().find_map(|r| r.applies(group, None)));
+        }
+    }
+    if let Some(tied) = &facts.tied {
+        placing.tied(tied);
+    }
+    Ok(placing.placed)
+}
+
+/// Whether weights on the host are mapped: not with a device that can't be loaded from a mapping (an APU).
+fn is_mapped(settings: &Settings, used: &[&Device]) -> bool {
+    match settings.load_mode {
+        LoadMode::Mmap | LoadMode::MmapMlock => true,
+        LoadMode::None | LoadMode::Mlock | LoadMode::DirectIo => false,
+        LoadMode::Auto => !used.iter().any(|d| d.kind == DeviceKind::Unified),
+    }
+}
+
+struct Placing<'a> {
+    repacks: bool,
+    avx512: bool,
+    mapped: bool,
+    assigned: &'a Assigned,
+    placed: Placed,
+}
+
+impl Placing<'_> {
+    fn put(&mut self, group: &Group, ruled: Option<Buffer>) {
+        let own = match group.place {
+            Place::Input => None,
+            Place::Layer(layer) => self.assigned.layers.get(layer as usize).copied().flatten(),
+            Place::Output => self.assigned.output,
+            Place::EveryBuffer => return self.everywhere(group),
+        };
+        let own = own.map_or(Buffer::Host, Buffer::Device);
+        let buffer = ruled.unwrap_or(own);
+        if let (Place::Layer(layer), true) = (group.place, buffer != own) {
+            let flags = match group.class {
+                Class::Experts => &mut self.placed.split_experts,
+                Class::DenseFeedForward | Class::Other => &mut self.placed.split_dense,
+            };
+            if let Some(flag) = flags.get_mut(layer as usize) {
+                *flag = true;
+            }
+        }
+        self.add(group, buffer);
+    }
+
+    fn add(&mut self, group: &Group, buffer: Buffer) {
+        match buffer {
+            Buffer::Device(i) => self.placed.devices[i] += group.bytes,
+            Buffer::Host if self.repacks && group.repackable.is_some_and(|t| repacked(t, self.avx512)) => {
+                self.placed.anonymous += group.bytes;
+                self.placed.repacked += group.bytes;
+            }
+            Buffer::Host if self.mapped => self.placed.mapped_by_shard[group.shard] += group.bytes,
+            Buffer::Host => self.placed.anonymous += group.bytes,
+        }
+    }
+
+    /// Rotary factors are held once in every kind of buffer that has a layer.
+    fn everywhere(&mut self, group: &Group) {
+        if self.assigned.layers.iter().any(Option::is_none) {
+            self.add(group, Buffer::Host);
+        }
+        for i in 0..self.placed.devices.len() {
+            if self.assigned.layers.contains(&Some(i)) {
+                self.add(group, Buffer::Device(i));
+            }
+        }
+    }
+
+    /// An output tied to the embedding is a copy where it isn't in the same kind of buffer.
+    fn tied(&mut self, group: &Group) {
+        match self.assigned.output {
+            Some(device) => self.add(group, Buffer::Device(device)),
+            None if self.repacks && group.repackable.is_some_and(|t| repacked(t, self.avx512)) => {
+                self.add(group, Buffer::Host);
+            }
+            None => {}
+        }
+    }
+}
+
+/// The types that ggml repacks on x86 with AVX2, and one more with AVX-512.
+fn repacked(kind: TensorType, avx512: bool) -> bool {
+    match kind {
+        TensorType::Q4_0 | TensorType::Q4_K | TensorType::IQ4_NL | TensorType::MXFP4 => true,
+        TensorType::Q2_K => avx512,
+        _ => false,
+    }
+}
