@@ -6,6 +6,8 @@
 //! is a working configuration.
 
 mod daemon;
+#[cfg(test)]
+mod examples;
 mod instance;
 mod model;
 mod model_file;

@@ -191,6 +191,9 @@ pub(super) fn path(item: &Item) -> Read<PathBuf> {
                 "write the whole path, beginning with '/'"
             }));
     }
+    if path.to_string_lossy().chars().any(char::is_control) {
+        return Err(Wrong::new("must not hold control characters"));
+    }
     if Path::new(&path).components().any(|part| part == Component::ParentDir) {
         return Err(Wrong::new("must be a path without '..'"));
     }

@@ -12,14 +12,14 @@ use super::problem::{Place, Problem};
 const DEEPEST: usize = 16;
 
 /// A value, with where it stands.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Item {
     pub(super) place: Place,
     pub(super) value: Value,
 }
 
 /// The values of TOML that a configuration may hold.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Value {
     Text(String),
     Integer(i64),
@@ -45,11 +45,11 @@ impl Value {
 }
 
 /// Keys with their values and the places of both, in the order of their names.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Table(pub(super) BTreeMap<String, Entry>);
 
 /// One key of a [`Table`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Entry {
     /// Where the key itself stands.
     pub(super) place: Place,

@@ -1,0 +1,121 @@
+//! The executable of a model's engine.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::unistd::{AccessFlags, access};
+
+use super::error::Error;
+use crate::config::{DEFAULT_ENGINE, Daemon, EngineSource, Model};
+
+/// Where llama-server is looked for when the configuration names no path: never along `PATH`.
+pub const DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/opt/llama.cpp/bin"];
+
+/// The executable that runs `model`, checked to be one that this process may run.
+///
+/// # Errors
+/// There is none, it is no executable file, or the engine is a container image.
+pub fn locate(model: &Model, daemon: &Daemon) -> Result<PathBuf, Error> {
+    if let Some(program) = model.command.as_ref().and_then(|command| command.first()) {
+        let path = PathBuf::from(program);
+        return check_executable(&path).map(|()| path);
+    }
+    match daemon.engines.get(&model.engine) {
+        Some(EngineSource::Path(path)) => check_executable(path).map(|()| path.clone()),
+        Some(EngineSource::Image(_)) => Err(Error::Container { engine: model.engine.clone() }),
+        None => search(&DIRECTORIES.map(Path::new), DEFAULT_ENGINE),
+    }
+}
+
+/// The first of `directories` that has the program; one that is there and can't be run is an error
+/// rather than skipped, since it is the one that was meant.
+fn search(directories: &[&Path], program: &str) -> Result<PathBuf, Error> {
+    let found = directories.iter().map(|directory| directory.join(program)).find(|path| path.exists());
+    let path = found.ok_or_else(|| {
+        let all: Vec<_> = directories.iter().map(|directory| directory.to_string_lossy()).collect();
+        Error::NotInstalled { program: program.to_owned(), searched: all.join(", ") }
+    })?;
+    check_executable(&path).map(|()| path)
+}
+
+/// That `path` is a regular file which this process may execute.
+///
+/// # Errors
+/// It is not, with the reason.
+pub fn check_executable(path: &Path) -> Result<(), Error> {
+    let cannot = |reason: String| Err(Error::NotExecutable { path: path.to_owned(), reason });
+    let about = match fs::metadata(path) {
+        Ok(about) => about,
+        Err(error) => return cannot(plain(&error)),
+    };
+    if !about.is_file() {
+        return cannot("it is not a regular file".to_owned());
+    }
+    // Root may do anything but execute what has no x at all, which access(2) knows too.
+    match access(path, AccessFlags::X_OK) {
+        Ok(()) => Ok(()),
+        Err(errno) => cannot(format!(
+            "{} (its mode is {:04o})",
+            plain(&std::io::Error::from(errno)),
+            about.permissions().mode() & 0o7777
+        )),
+    }
+}
+
+/// The error without Rust's "(os error N)".
+fn plain(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or(&text).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory of this test's own, removed at its end.
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("plimsoll-{name}-{}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        fn file(&self, name: &str, mode: u32) -> PathBuf {
+            let path = self.0.join(name);
+            fs::write(&path, "#!/bin/sh\n").unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            path
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn finds_what_can_be_run() {
+        let scratch = Scratch::new("locate");
+        let program = scratch.file("llama-server", 0o755);
+        let nowhere = scratch.0.join("nowhere");
+        assert_eq!(search(&[&nowhere, &scratch.0], "llama-server").unwrap(), program);
+        let error = search(&[&nowhere], "llama-server").unwrap_err().to_string();
+        assert!(error.contains("install it"), "{error}");
+    }
+
+    #[test]
+    fn says_why_it_can_not() {
+        let scratch = Scratch::new("check");
+        let plain = scratch.file("plain", 0o644);
+        let error = check_executable(&plain).unwrap_err().to_string();
+        assert!(error.ends_with("Permission denied (its mode is 0644)"), "{error}");
+        let error = check_executable(&scratch.0).unwrap_err().to_string();
+        assert!(error.ends_with("it is not a regular file"), "{error}");
+        let error = check_executable(&scratch.0.join("none")).unwrap_err().to_string();
+        assert!(error.ends_with("No such file or directory"), "{error}");
+    }
+}
