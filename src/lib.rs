@@ -8,6 +8,7 @@
 pub mod bytes;
 pub mod config;
 pub mod dbus;
+pub mod engine;
 pub mod fit;
 pub mod gguf;
 pub mod host;

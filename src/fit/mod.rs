@@ -9,7 +9,7 @@ mod cache;
 mod compute;
 mod extras;
 mod facts;
-mod flags;
+pub mod flags;
 mod pattern;
 mod place;
 mod settings;
