@@ -16,3 +16,4 @@ pub mod ledger;
 pub mod os;
 pub mod policy;
 pub mod ports;
+pub mod sim;

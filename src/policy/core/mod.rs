@@ -224,6 +224,10 @@ impl Core {
         let mut core = Self { rules, owed: saved.owed, pins: saved.pins, ..Self::default() };
         if same_boot {
             core.holders = saved.holders;
+            // A stop that was not begun is decided anew; one that was shows in the unit's state.
+            for reservation in core.holders.values_mut().filter(|r| r.phase == Phase::Stopping) {
+                reservation.phase = Phase::Running;
+            }
             core.leaks = saved.leaks;
         }
         core

@@ -1,6 +1,6 @@
 //! Bringing the ledger in line with what the machine shows.
 
-use super::{Active, Core, Pending};
+use super::{Core, Pending};
 use crate::config::Instance;
 use crate::ledger::{Machine, Phase, Reservation, Unit, UnitState};
 use crate::policy::request::Request;
@@ -25,7 +25,9 @@ impl Core {
             let Some(unit) = unit(instance) else { continue };
             reservation.measured = unit.measured.clone();
             match (reservation.phase, unit.state) {
-                (_, UnitState::Deactivating) => reservation.phase = Phase::Stopping,
+                (Phase::Loading | Phase::Running, UnitState::Deactivating) => {
+                    reservation.phase = Phase::Stopping
+                }
                 (Phase::Loading, UnitState::Active) => {
                     reservation.phase = Phase::Running;
                     reservation.last_used = now;
@@ -35,12 +37,18 @@ impl Core {
             note_activity(&mut self.activity, instance, unit, reservation, now);
         }
         let holders = &self.holders;
+        let runs = |instance: &Instance| holders.get(instance).is_some_and(|r| r.phase == Phase::Running);
+        self.owed.retain(|owed| !runs(&owed.instance));
         self.activity.retain(|instance, _| holders.contains_key(instance));
-        let waits = |p: &Pending| lives(unit(&p.request.instance), &p.request.invocation);
+        // Who is told to stop while it waits at the gate waits no longer, and has taken nothing yet.
+        let waits = |p: &Pending| {
+            let unit = unit(&p.request.instance);
+            unit.is_some_and(|u| u.state == UnitState::Activating) && lives(unit, &p.request.invocation)
+        };
         self.pending.retain(waits);
-        if self.active.as_ref().is_some_and(|active: &Active| !waits(&active.pending)) {
-            self.active = None;
-        }
+        self.active.take_if(|active| !waits(&active.pending));
+        let active = self.active.as_ref().map(|active| &active.pending.request.instance);
+        self.holders.retain(|instance, r| r.phase != Phase::Preparing || active == Some(instance));
         // Memory that came back after all is nobody's leak; it is told by the machine being whole again.
         self.leaks.retain(|leak| now.saturating_sub(leak.since) < LEAK_SHOWN);
     }

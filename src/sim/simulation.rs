@@ -1,0 +1,154 @@
+//! A world and the decisions, run in virtual time.
+
+use super::scenario::Scenario;
+use super::world::{Emitted, World};
+use crate::config::Instance;
+use crate::ledger::{Charges, UnitState, capacity};
+use crate::policy::{Action, Core, Decision, Event, Saved};
+
+/// The decisions on a simulated machine; time passes as fast as it can be computed.
+#[derive(Clone, Debug)]
+pub struct Simulation {
+    /// The machine.
+    pub world: World,
+    /// The decisions.
+    pub core: Core,
+    /// Every decision so far.
+    pub decisions: Vec<Decision>,
+    /// What was saved last.
+    pub saved: Saved,
+    /// Breaches of the invariants; empty in a right program.
+    pub breaches: Vec<String>,
+    wake: Option<u64>,
+}
+
+impl Simulation {
+    /// A scenario at time zero.
+    #[must_use]
+    pub fn new(scenario: Scenario) -> Self {
+        let mut core = Core::new(scenario.rules(), Saved::default(), true);
+        core.configure(scenario.rules(), scenario.priorities());
+        Self {
+            world: World::new(scenario),
+            core,
+            decisions: Vec::new(),
+            saved: Saved::default(),
+            breaches: Vec::new(),
+            wake: None,
+        }
+    }
+
+    /// Starts an instance as a person would.
+    pub fn start(&mut self, instance: &str) -> &mut Self {
+        if let Ok(instance) = instance.parse::<Instance>() {
+            self.world.start(&instance, None);
+        }
+        self
+    }
+
+    /// Stops an instance as a person would.
+    pub fn stop(&mut self, instance: &str) -> &mut Self {
+        if let Ok(instance) = instance.parse::<Instance>() {
+            self.step(Event::Unwanted(instance.clone()));
+            self.world.stop(&instance, None);
+            self.step(Event::Tick);
+        }
+        self
+    }
+
+    /// The daemon is killed and started again: what was not saved is forgotten.
+    pub fn restart_daemon(&mut self) {
+        let (rules, priorities) = (*self.core.rules(), self.world.scenario().priorities());
+        self.core = Core::new(rules, self.saved.clone(), true);
+        self.core.configure(rules, priorities);
+        self.wake = None;
+        self.world.ask_again();
+        self.step(Event::Tick);
+    }
+
+    /// Lets `seconds` pass.
+    pub fn run(&mut self, seconds: u64) -> &mut Self {
+        let end = self.world.now() + seconds * 1000;
+        loop {
+            let next = [self.world.next_time(), self.wake].into_iter().flatten().min();
+            let until = next.filter(|time| *time <= end).unwrap_or(end);
+            let mut out = Vec::new();
+            let more = self.world.advance(until, &mut out);
+            self.emit(out);
+            if !more && self.wake.is_some_and(|wake| wake <= until) {
+                self.wake = None;
+                self.step(Event::Tick);
+            } else if !more && until == end {
+                return self;
+            }
+        }
+    }
+
+    fn emit(&mut self, emitted: Vec<Emitted>) {
+        for one in emitted {
+            match one {
+                Emitted::Event(event) => self.step(event),
+                Emitted::Outcome(id, outcome) => self.step(Event::Done { id, outcome }),
+            }
+        }
+    }
+
+    /// Hands an event to the decisions and does what they want done.
+    pub fn step(&mut self, event: Event) {
+        let machine = self.world.observe();
+        let mut out = Vec::new();
+        for action in self.core.step(event, &machine, self.world.now()) {
+            match action {
+                Action::Save(saved) => self.saved = *saved,
+                Action::Perform(id, effect) => self.world.perform(id, &effect),
+                Action::Answer { ticket, answer } => self.world.answered(ticket, &answer, &mut out),
+                Action::Record(decision) => self.decisions.push(*decision),
+                Action::WakeAt(time) => self.wake = Some(time),
+                Action::Progress { .. } | Action::AboutToEvict { .. } => {}
+            }
+        }
+        self.check();
+        self.emit(out);
+    }
+
+    /// The invariants that hold after every step: what is promised to models that load or run is
+    /// there, and so is what they really hold.
+    fn check(&mut self) {
+        let machine = self.world.observe();
+        let mut charges = Charges::default();
+        for reservation in self.core.holders().values().filter(|r| r.phase != crate::ledger::Phase::Preparing)
+        {
+            charges.add(reservation.held());
+        }
+        let room = capacity(&machine, self.core.rules().reserve, self.core.holders());
+        let fixed = self.world.scenario().at.iter().all(|at| at.system.is_none())
+            && self.world.scenario().models.values().all(|m| m.leaks.is_zero());
+        let charged = charges.per_pool(&machine, &[], None);
+        if fixed && !charged.within(&room) {
+            self.breaches.push(format!("{}: promised {charged:?} of {room:?}", self.world.now()));
+        }
+        let overrun = self.world.overrun();
+        if !overrun.is_zero() {
+            self.breaches.push(format!("{}: {overrun} more in use than there is", self.world.now()));
+        }
+    }
+
+    /// The state of an instance's unit.
+    #[must_use]
+    pub fn state(&self, instance: &str) -> UnitState {
+        let machine = self.world.observe();
+        instance
+            .parse()
+            .ok()
+            .and_then(|i: Instance| machine.units.get(&i).map(|u| u.state))
+            .unwrap_or_default()
+    }
+
+    /// The instances that answer.
+    #[must_use]
+    pub fn running(&self) -> Vec<String> {
+        let machine = self.world.observe();
+        let active = machine.units.iter().filter(|(_, unit)| unit.state == UnitState::Active);
+        active.map(|(instance, _)| instance.to_string()).collect()
+    }
+}

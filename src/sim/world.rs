@@ -1,0 +1,337 @@
+//! The simulated machine: units that ask, load, answer, stop and leak, on a clock that it is told.
+
+use std::collections::BTreeMap;
+
+use super::scenario::{Scenario, Scripted};
+use crate::bytes::Bytes;
+use crate::config::Instance;
+use crate::ledger::{Footprint, GpuKind, Machine, Measured, Memory, Unit, UnitState};
+use crate::policy::core::Effect;
+use crate::policy::{ActionId, Event, Outcome, Refusal};
+
+/// How long a started unit takes to ask; milliseconds.
+const TO_ASK: u64 = 50;
+
+/// What comes out of the world as time passes.
+#[derive(Clone, Debug)]
+pub enum Emitted {
+    /// Something for the decisions.
+    Event(Event),
+    /// The outcome of an effect.
+    Outcome(ActionId, Outcome),
+}
+
+#[derive(Clone, Debug)]
+enum Happening {
+    Asks(Instance, u64),
+    Loaded(Instance, u64),
+    Stopped(Instance, Vec<ActionId>),
+    Scripted(Scripted),
+    Outcome(ActionId, Outcome),
+}
+
+/// A simulated unit.
+#[derive(Clone, Debug, Default)]
+struct SimUnit {
+    state: UnitState,
+    /// Counts its starts; as text it is the InvocationID.
+    invocation: u64,
+    asked: bool,
+    footprint: Footprint,
+    loading_since: u64,
+    starts: Vec<ActionId>,
+}
+
+/// The simulated machine.
+#[derive(Clone, Debug)]
+pub struct World {
+    scenario: Scenario,
+    now: u64,
+    sequence: u64,
+    ahead: BTreeMap<(u64, u64), Happening>,
+    units: BTreeMap<Instance, SimUnit>,
+    tickets: BTreeMap<u64, Instance>,
+    system: Bytes,
+    leaked: Bytes,
+}
+
+impl World {
+    /// The machine of a scenario at time zero.
+    #[must_use]
+    pub fn new(scenario: Scenario) -> Self {
+        let system = scenario.machine.system;
+        let scripted = scenario.at.clone();
+        let mut world = Self {
+            scenario,
+            now: 0,
+            sequence: 0,
+            ahead: BTreeMap::new(),
+            units: BTreeMap::new(),
+            tickets: BTreeMap::new(),
+            system,
+            leaked: Bytes::ZERO,
+        };
+        for happening in scripted {
+            world.later(happening.seconds * 1000, Happening::Scripted(happening));
+        }
+        world
+    }
+
+    /// The scenario that it began from.
+    #[must_use]
+    pub fn scenario(&self) -> &Scenario {
+        &self.scenario
+    }
+
+    /// Milliseconds since the start.
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        self.now
+    }
+
+    /// When the next thing happens by itself.
+    #[must_use]
+    pub fn next_time(&self) -> Option<u64> {
+        self.ahead.keys().next().map(|(time, _)| *time)
+    }
+
+    fn later(&mut self, after: u64, happening: Happening) {
+        self.sequence += 1;
+        self.ahead.insert((self.now + after, self.sequence), happening);
+    }
+
+    /// Lets time pass up to `now`, at most through one happening; true when there may be more.
+    pub fn advance(&mut self, now: u64, out: &mut Vec<Emitted>) -> bool {
+        let Some((&(time, sequence), _)) = self.ahead.iter().next() else {
+            self.now = self.now.max(now);
+            return false;
+        };
+        if time > now {
+            self.now = self.now.max(now);
+            return false;
+        }
+        self.now = self.now.max(time);
+        if let Some(happening) = self.ahead.remove(&(time, sequence)) {
+            self.happen(happening, out);
+        }
+        true
+    }
+
+    fn happen(&mut self, happening: Happening, out: &mut Vec<Emitted>) {
+        let tick = Emitted::Event(Event::Tick);
+        match happening {
+            Happening::Asks(instance, invocation) => {
+                let current =
+                    self.units.get(&instance).is_some_and(|u| u.invocation == invocation && !u.asked);
+                let request = self.scenario.request(&instance, &invocation.to_string());
+                let (true, Some(mut request)) = (current, request) else { return };
+                request.explicit = true;
+                if let Some(unit) = self.units.get_mut(&instance) {
+                    unit.asked = true;
+                }
+                self.sequence += 1;
+                let ticket = self.sequence;
+                self.tickets.insert(ticket, instance);
+                out.push(Emitted::Event(Event::Ask { ticket, request: Box::new(request) }));
+            }
+            Happening::Loaded(instance, invocation) => {
+                let Some(unit) = self.units.get_mut(&instance) else { return };
+                if unit.invocation == invocation && unit.state == UnitState::Activating {
+                    unit.state = UnitState::Active;
+                    let starts = std::mem::take(&mut unit.starts);
+                    out.extend(starts.into_iter().map(|id| Emitted::Outcome(id, Outcome::Done)));
+                    out.push(tick);
+                }
+            }
+            Happening::Stopped(instance, ids) => {
+                self.end(&instance, UnitState::Inactive, out);
+                out.extend(ids.into_iter().map(|id| Emitted::Outcome(id, Outcome::Done)));
+            }
+            Happening::Scripted(scripted) => {
+                if let Some(instance) = &scripted.start {
+                    self.start(instance, None);
+                }
+                if let Some(instance) = &scripted.stop {
+                    out.push(Emitted::Event(Event::Unwanted(instance.clone())));
+                    self.stop(instance, None);
+                }
+                if let Some(instance) = &scripted.crash {
+                    self.end(instance, UnitState::Failed, out);
+                }
+                self.system = scripted.system.unwrap_or(self.system);
+                out.push(tick);
+            }
+            Happening::Outcome(id, outcome) => out.push(Emitted::Outcome(id, outcome)),
+        }
+    }
+
+    /// A process ends, whatever it was doing; what it leaks stays.
+    fn end(&mut self, instance: &Instance, state: UnitState, out: &mut Vec<Emitted>) {
+        let leaks = self.scenario.models.get(&instance.model).map_or(Bytes::ZERO, |m| m.leaks);
+        let Some(unit) = self.units.get_mut(instance) else { return };
+        if unit.state.is_alive() {
+            if !unit.footprint.total().is_zero() {
+                self.leaked += leaks;
+            }
+            unit.state = state;
+            unit.footprint = Footprint::default();
+            let failed = Outcome::Failed(format!("{} has ended", instance.unit()));
+            let starts = std::mem::take(&mut unit.starts);
+            out.extend(starts.into_iter().map(|id| Emitted::Outcome(id, failed.clone())));
+            out.push(Emitted::Event(Event::Tick));
+        }
+    }
+
+    /// Starts a unit, unless it runs.
+    pub fn start(&mut self, instance: &Instance, id: Option<ActionId>) {
+        let known = self.scenario.models.contains_key(&instance.model);
+        let unit = self.units.entry(instance.clone()).or_default();
+        if !known || unit.state == UnitState::Active {
+            let outcome =
+                if known { Outcome::Done } else { Outcome::Failed(format!("there is no model {instance}")) };
+            if let Some(id) = id {
+                self.later(0, Happening::Outcome(id, outcome));
+            }
+            return;
+        }
+        unit.starts.extend(id);
+        if unit.state.is_alive() {
+            return;
+        }
+        unit.state = UnitState::Activating;
+        unit.invocation += 1;
+        unit.asked = false;
+        let invocation = unit.invocation;
+        self.later(TO_ASK, Happening::Asks(instance.clone(), invocation));
+    }
+
+    /// Stops a unit, in its own time.
+    pub fn stop(&mut self, instance: &Instance, id: Option<ActionId>) {
+        let model = self.scenario.models.get(&instance.model);
+        let (seconds, stuck) = model.map_or((0, false), |m| (m.stop_seconds, m.stuck));
+        let alive = self.units.get(instance).is_some_and(|unit| unit.state.is_alive());
+        if stuck && alive {
+            if let Some(id) = id {
+                let outcome = Outcome::Failed(format!("{} does not stop", instance.unit()));
+                self.later(seconds * 1000, Happening::Outcome(id, outcome));
+            }
+            return;
+        }
+        if let Some(unit) = self.units.get_mut(instance).filter(|_| alive) {
+            unit.state = UnitState::Deactivating;
+        }
+        let after = if alive { seconds * 1000 } else { 0 };
+        self.later(after, Happening::Stopped(instance.clone(), id.into_iter().collect()));
+    }
+
+    /// Does what the decisions want done.
+    pub fn perform(&mut self, id: ActionId, effect: &Effect) {
+        match effect {
+            Effect::Start(instance) => self.start(instance, Some(id)),
+            Effect::Stop(instance) => self.stop(instance, Some(id)),
+            Effect::DropCache(_) | Effect::Limit(..) => self.later(1, Happening::Outcome(id, Outcome::Done)),
+        }
+    }
+
+    /// Whoever waits for an answer asks again, as `plimsoll run` does when the daemon's name has a
+    /// new owner.
+    pub fn ask_again(&mut self) {
+        for instance in std::mem::take(&mut self.tickets).into_values() {
+            let Some(unit) = self.units.get_mut(&instance) else { continue };
+            unit.asked = false;
+            let invocation = unit.invocation;
+            self.later(TO_ASK, Happening::Asks(instance, invocation));
+        }
+    }
+
+    /// Whether a ticket is of this world.
+    #[must_use]
+    pub fn owns(&self, ticket: u64) -> bool {
+        self.tickets.contains_key(&ticket)
+    }
+
+    /// Takes in the answer to a unit that asked; a refused one fails.
+    pub fn answered(&mut self, ticket: u64, answer: &Result<u64, Box<Refusal>>, out: &mut Vec<Emitted>) {
+        let Some(instance) = self.tickets.remove(&ticket) else { return };
+        match answer {
+            Ok(context) => {
+                let request = self.scenario.request(&instance, "");
+                let rung = request.and_then(|r| r.ladder.into_iter().find(|rung| rung.context == *context));
+                let seconds = self.scenario.models.get(&instance.model).map_or(0, |m| m.load_seconds);
+                let now = self.now;
+                let Some(unit) = self.units.get_mut(&instance) else { return };
+                unit.footprint = rung.map(|rung| rung.footprint).unwrap_or_default();
+                unit.loading_since = now;
+                let invocation = unit.invocation;
+                self.later(seconds * 1000, Happening::Loaded(instance, invocation));
+            }
+            Err(_) => self.end(&instance, UnitState::Failed, out),
+        }
+    }
+
+    /// How much more is in use than the machine has: on a real one the kernel would kill.
+    #[must_use]
+    pub fn overrun(&self) -> Bytes {
+        let unified =
+            |n: usize| self.scenario.machine.gpus.get(n).is_none_or(|gpu| gpu.kind == GpuKind::Unified);
+        let held = |(instance, unit): (&Instance, &SimUnit)| {
+            let measured = self.measured(instance, unit);
+            let gpus: Bytes =
+                measured.gpus.iter().enumerate().filter(|(n, _)| unified(*n)).map(|(_, b)| *b).sum();
+            measured.unreclaimable() + gpus
+        };
+        let used = self.system + self.leaked + self.units.iter().map(held).sum();
+        used - self.scenario.machine.memory
+    }
+
+    /// What the machine shows.
+    #[must_use]
+    pub fn observe(&self) -> Machine {
+        let sim = &self.scenario.machine;
+        let mut units = BTreeMap::new();
+        let mut starting = Vec::new();
+        let mut used = self.system + self.leaked;
+        let mut gpus = sim.gpus.clone();
+        for (instance, unit) in &self.units {
+            let measured = self.measured(instance, unit);
+            used += measured.unreclaimable();
+            for (gpu, bytes) in gpus.iter_mut().zip(&measured.gpus) {
+                gpu.used += *bytes;
+                if gpu.kind == GpuKind::Unified {
+                    used += *bytes;
+                }
+            }
+            if unit.state == UnitState::Activating {
+                starting.push(instance.clone());
+            }
+            let main_pid = if unit.state.is_alive() { 1000 } else { 0 };
+            let reading = Unit {
+                state: unit.state,
+                main_pid,
+                invocation: unit.invocation.to_string(),
+                measured,
+                ..Unit::default()
+            };
+            units.insert(instance.clone(), reading);
+        }
+        let available = sim.memory - used;
+        let memory = Memory { total: sim.memory, available, free: available, ..Memory::default() };
+        Machine { memory, gpus, units, starting, ..Machine::default() }
+    }
+
+    /// What a unit holds: growing evenly while it loads, all of it from then on.
+    fn measured(&self, instance: &Instance, unit: &SimUnit) -> Measured {
+        if !unit.state.is_alive() {
+            return Measured::default();
+        }
+        let load = self.scenario.models.get(&instance.model).map_or(0, |m| m.load_seconds) * 1000;
+        let elapsed = (self.now - unit.loading_since).min(load);
+        let part = |bytes: Bytes| if load == 0 { bytes } else { bytes.mul_div(elapsed, load) };
+        Measured {
+            private: part(unit.footprint.private),
+            file: part(unit.footprint.mapped_bytes()),
+            gpus: unit.footprint.gpus.iter().map(|b| part(*b)).collect(),
+            ..Measured::default()
+        }
+    }
+}

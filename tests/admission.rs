@@ -1,0 +1,316 @@
+//! The decisions on simulated machines, in virtual time: what is stopped for what, what is refused,
+//! what comes back.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use plimsoll::bytes::Bytes;
+use plimsoll::ledger::UnitState;
+use plimsoll::policy::decision::Kind;
+use plimsoll::policy::{Planned, Refusal, RefusalKind, Step};
+use plimsoll::sim::{Scenario, Simulation};
+
+/// A machine with 100 GiB for models beside 4 of the system, and models as `name = {...}` lines.
+fn machine(models: &str) -> Simulation {
+    simulation(&format!(
+        "[machine]\nmemory = '104GiB'\nsystem = '4GiB'\nreserve = '0B'\n[models]\n{models}\n"
+    ))
+}
+
+fn simulation(text: &str) -> Simulation {
+    let scenario: Scenario = toml::from_str(text).unwrap_or_else(|e| panic!("{e}\n{text}"));
+    Simulation::new(scenario)
+}
+
+fn shipped(name: &str) -> Simulation {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("config/simulate").join(name);
+    Simulation::new(Scenario::read(&path).unwrap())
+}
+
+fn refusal(simulation: &Simulation) -> Refusal {
+    let last = simulation.decisions.iter().rev().find(|d| d.kind == Kind::Refuse);
+    *last
+        .and_then(|d| d.refusal.clone())
+        .unwrap_or_else(|| panic!("no refusal in {:#?}", simulation.decisions))
+}
+
+fn evicted(simulation: &Simulation) -> Vec<String> {
+    let evictions = simulation.decisions.iter().filter(|d| d.kind == Kind::Evict);
+    evictions.map(|d| d.instance.to_string()).collect()
+}
+
+fn sound(simulation: &Simulation) {
+    assert_eq!(simulation.breaches, Vec::<String>::new());
+}
+
+#[test]
+fn three_models_run_side_by_side_and_a_large_one_takes_the_room_of_the_fewest() {
+    let mut s = shipped("strix-halo.toml");
+    s.start("gpt-oss-20b").start("qwen3-coder-30b").start("starcoder2-15b").run(60);
+    assert_eq!(s.running(), ["gpt-oss-20b", "qwen3-coder-30b", "starcoder2-15b"]);
+    s.start("glm-4-7-reap-218b").run(200);
+    assert_eq!(s.state("glm-4-7-reap-218b"), UnitState::Active);
+    // At its smallest context it takes 91.9 of 118.1 GiB: the coder's 37 alone don't make enough
+    // room, with the 18.3 of the autocompletion they do, and the small one's 16 stay.
+    assert_eq!(evicted(&s).len(), 2, "{:?}", evicted(&s));
+    assert_eq!(s.running().len(), 2);
+    sound(&s);
+    s.stop("glm-4-7-reap-218b").run(120);
+    assert_eq!(s.running(), ["gpt-oss-20b", "qwen3-coder-30b", "starcoder2-15b"], "the evicted are back");
+}
+
+#[test]
+fn what_never_fits_is_refused_and_nothing_is_stopped_for_it() {
+    let mut s = shipped("strix-halo.toml");
+    s.start("gpt-oss-20b").start("starcoder2-15b").run(60);
+    s.start("deepseek-tq1").run(60);
+    assert_eq!(s.running(), ["gpt-oss-20b", "starcoder2-15b"]);
+    assert_eq!(evicted(&s), Vec::<String>::new());
+    let refusal = refusal(&s);
+    assert_eq!(refusal.kind, RefusalKind::WontFit);
+    // 158 GiB of weights, 16384 · 68 KiB = 1.0625 GiB of cache and 1 GiB of its own.
+    assert_eq!(refusal.needed_bytes, Bytes::gib(160) + Bytes::mib(64));
+    let line = refusal.to_string();
+    assert!(
+        line.starts_with("deepseek-tq1 was refused: at context 16384 it needs 160.1 GiB of memory"),
+        "{line}"
+    );
+    assert!(!line.contains('\n'));
+}
+
+#[test]
+fn the_context_is_reduced_before_anybody_is_evicted_but_never_below_its_minimum() {
+    let mut s = machine(
+        "low = { weights = '50GiB', placement = 'anonymous', priority = 10 }
+         wide = { weights = '10GiB', placement = 'anonymous', kv-per-token = '1MiB', context = 65536, context-min = 16384, priority = 90 }",
+    );
+    s.start("low").run(30).start("wide").run(30);
+    assert_eq!(s.running(), ["low", "wide"]);
+    assert_eq!(evicted(&s), Vec::<String>::new());
+    let context = s.core.holders()[&"wide".parse().unwrap()].context;
+    // 40 of 100 GiB are left beside the weights: at 1 MiB a token, at most 40960.
+    assert!((38_000..=40_960).contains(&context), "{context}");
+    sound(&s);
+}
+
+#[test]
+fn without_a_minimum_the_context_is_never_reduced() {
+    let mut s = machine(
+        "low = { weights = '50GiB', placement = 'anonymous', priority = 10 }
+         wide = { weights = '10GiB', placement = 'anonymous', kv-per-token = '1MiB', context = 65536, priority = 90 }",
+    );
+    s.start("low").run(30).start("wide").run(30);
+    assert_eq!(s.running(), ["wide"]);
+    assert_eq!(s.core.holders()[&"wide".parse().unwrap()].context, 65536);
+}
+
+#[test]
+fn after_an_eviction_the_context_grows_into_the_room_that_it_made() {
+    let mut s = machine(
+        "low = { weights = '80GiB', placement = 'anonymous', priority = 10 }
+         wide = { weights = '10GiB', placement = 'anonymous', kv-per-token = '1MiB', context = 65536, context-min = 16384, priority = 90 }",
+    );
+    s.start("low").run(30).start("wide").run(30);
+    assert_eq!(evicted(&s), ["low"]);
+    assert_eq!(s.core.holders()[&"wide".parse().unwrap()].context, 65536);
+}
+
+#[test]
+fn equal_priorities_and_pins_stay_and_the_refusal_says_how_to_override() {
+    let mut s = machine(
+        "equal = { weights = '60GiB', placement = 'anonymous', priority = 50 }
+         held = { weights = '30GiB', placement = 'anonymous', priority = 10, pinned = true }
+         new = { weights = '40GiB', placement = 'anonymous', priority = 50 }",
+    );
+    s.start("equal").start("held").run(30).start("new").run(30);
+    assert_eq!(s.running(), ["equal", "held"]);
+    let refusal = refusal(&s);
+    assert_eq!(refusal.advice, "plimsoll load new --instead-of equal");
+    let line = refusal.to_string();
+    assert!(
+        line.contains("equal 60.0 GiB (priority 50)") && line.contains("held 30.0 GiB (pinned)"),
+        "{line}"
+    );
+}
+
+#[test]
+fn a_smaller_context_that_would_fit_is_offered() {
+    let mut s = machine(
+        "other = { weights = '60GiB', placement = 'anonymous' }
+         new = { weights = '30GiB', placement = 'anonymous', kv-per-token = '1MiB', context = 16384 }",
+    );
+    s.start("other").run(30).start("new").run(30);
+    assert_eq!(s.running(), ["other"]);
+    assert_eq!(refusal(&s).advice, "plimsoll load new -c 8192");
+}
+
+#[test]
+fn ten_at_once_of_which_three_fit() {
+    let models: String = (0..10)
+        .map(|n| format!("m{n} = {{ weights = '30GiB', placement = 'anonymous', load-seconds = 60 }}\n"))
+        .collect();
+    let mut s = machine(&models);
+    for n in 0..10 {
+        s.start(&format!("m{n}"));
+    }
+    s.run(300);
+    assert_eq!(s.running().len(), 3);
+    assert_eq!(s.decisions.iter().filter(|d| d.kind == Kind::Refuse).count(), 7);
+    sound(&s);
+}
+
+#[test]
+fn at_boot_the_highest_priority_is_decided_first_whoever_asks_first() {
+    for order in [["a", "b", "c"], ["c", "b", "a"], ["b", "c", "a"]] {
+        let mut s = machine(
+            "a = { weights = '60GiB', placement = 'anonymous', priority = 10 }
+             b = { weights = '60GiB', placement = 'anonymous', priority = 90 }
+             c = { weights = '60GiB', placement = 'anonymous', priority = 50 }",
+        );
+        for name in order {
+            s.start(name);
+        }
+        s.run(60);
+        assert_eq!(s.running(), ["b"], "started as {order:?}");
+        assert_eq!(evicted(&s), Vec::<String>::new(), "nobody was loaded in vain");
+    }
+}
+
+#[test]
+fn a_loading_model_is_waited_for_not_stopped() {
+    let mut s = machine(
+        "low = { weights = '60GiB', placement = 'anonymous', priority = 10, load-seconds = 100 }
+         high = { weights = '60GiB', placement = 'anonymous', priority = 90 }",
+    );
+    s.start("low").run(20).start("high").run(20);
+    assert_eq!(s.state("low"), UnitState::Activating);
+    let waiting: Vec<String> = s.core.waiting().map(|(i, text)| format!("{i}: {text}")).collect();
+    assert_eq!(waiting, ["high: waiting: low is still loading"]);
+    s.run(120);
+    assert_eq!(s.running(), ["high"]);
+    sound(&s);
+}
+
+#[test]
+fn instances_share_mapped_weights_and_only_the_last_one_frees_them() {
+    let mut s = machine(
+        "shared = { weights = '60GiB', placement = 'mapped', private = '5GiB', priority = 20 }
+         next = { weights = '32GiB', placement = 'anonymous', priority = 80 }",
+    );
+    s.start("shared").start("shared@2").run(30);
+    assert_eq!(s.running(), ["shared", "shared@2"], "70 GiB, not 130");
+    s.start("next").run(60);
+    // 102 GiB together: one instance's private 5 GiB are enough.
+    assert_eq!(evicted(&s).len(), 1);
+    let frees: Vec<Bytes> = s.decisions.iter().filter(|d| d.kind == Kind::Evict).map(|d| d.bytes).collect();
+    assert_eq!(frees, [Bytes::gib(5)], "evicting one sharer frees its private bytes only");
+    assert_eq!(s.running().len(), 2);
+    sound(&s);
+}
+
+#[test]
+fn unmapped_instances_are_charged_each() {
+    let mut s = machine("copy = { weights = '60GiB', placement = 'anonymous' }");
+    s.start("copy").run(30).start("copy@2").run(30);
+    assert_eq!(s.running(), ["copy"]);
+}
+
+#[test]
+fn models_past_their_ttl_stop_by_themselves_and_go_first_when_room_is_needed() {
+    let mut s = machine("idle = { weights = '60GiB', placement = 'anonymous', ttl-seconds = 100 }");
+    s.start("idle").run(60);
+    assert_eq!(s.running(), ["idle"]);
+    s.run(120);
+    assert_eq!(s.running(), Vec::<String>::new());
+    assert!(s.core.owed().is_empty(), "its own time was up: it is owed nothing");
+}
+
+#[test]
+fn memory_that_does_not_come_back_is_quarantined_and_the_plan_made_anew() {
+    let mut s = machine(
+        "leaky = { weights = '40GiB', placement = 'anonymous', priority = 10, leaks = '20GiB' }
+         other = { weights = '40GiB', placement = 'anonymous', priority = 20 }
+         new = { weights = '50GiB', placement = 'anonymous', priority = 80 }",
+    );
+    s.start("leaky").start("other").run(30).start("new").run(60);
+    assert_eq!(evicted(&s), ["leaky", "other"]);
+    assert_eq!(s.state("new"), UnitState::Active);
+    assert_eq!(s.core.leaks().len(), 1);
+    assert_eq!(s.core.leaks()[0].bytes, Bytes::gib(20));
+}
+
+#[test]
+fn one_that_does_not_stop_is_left_alone_and_the_next_one_asked() {
+    let mut s = machine(
+        "stuck = { weights = '60GiB', placement = 'anonymous', priority = 10, stuck = true }
+         other = { weights = '35GiB', placement = 'anonymous', priority = 20 }
+         new = { weights = '30GiB', placement = 'anonymous', priority = 80 }",
+    );
+    s.start("stuck").start("other").run(30).start("new").run(120);
+    assert_eq!(s.running(), ["new", "stuck"]);
+    sound(&s);
+}
+
+#[test]
+fn what_a_person_stopped_stays_stopped() {
+    let mut s = machine(
+        "low = { weights = '60GiB', placement = 'anonymous', priority = 10 }
+         high = { weights = '60GiB', placement = 'anonymous', priority = 90 }",
+    );
+    s.start("low").run(30).start("high").run(30).stop("low").run(5).stop("high").run(300);
+    assert_eq!(s.running(), Vec::<String>::new());
+}
+
+#[test]
+fn a_restart_of_the_daemon_forgets_nobody() {
+    let mut s = machine(
+        "low = { weights = '60GiB', placement = 'anonymous', priority = 10 }
+         mid = { weights = '20GiB', placement = 'anonymous', priority = 50 }
+         high = { weights = '60GiB', placement = 'anonymous', priority = 90, load-seconds = 60 }",
+    );
+    s.start("low").start("mid").run(30).start("high").run(10);
+    s.restart_daemon();
+    assert_eq!(s.core.holders().len(), 2, "one loads and one runs");
+    s.run(120);
+    assert_eq!(s.running(), ["high", "mid"]);
+    s.restart_daemon();
+    s.stop("high").run(60);
+    assert_eq!(s.running(), ["low", "mid"], "the eviction from before the restarts is made good");
+    sound(&s);
+}
+
+#[test]
+fn observing_admits_everything_and_stops_nothing() {
+    let mut s = simulation(
+        "[machine]\nmemory = '104GiB'\nsystem = '4GiB'\nreserve = '0B'\nmode = 'observe'\n
+         [models]
+         low = { weights = '60GiB', placement = 'anonymous', priority = 10 }
+         high = { weights = '30GiB', placement = 'anonymous', priority = 90 }
+         more = { weights = '30GiB', placement = 'anonymous', priority = 90 }",
+    );
+    s.start("low").start("high").run(30);
+    assert_eq!(s.running(), ["high", "low"]);
+    let instance = "more".parse().unwrap();
+    let request = s.world.scenario().request(&instance, "").unwrap();
+    let Planned::Admit(plan) = s.core.preview(&request, &s.world.observe(), s.world.now()) else {
+        panic!("no plan")
+    };
+    assert!(matches!(&plan.steps[..], [Step::Stop { .. }]));
+    assert!(evicted(&s).is_empty());
+}
+
+#[test]
+fn a_gtt_smaller_than_memory_binds_by_itself() {
+    let mut s = simulation(
+        "[machine]\nmemory = '104GiB'\nsystem = '4GiB'\nreserve = '0B'
+         gpus = [{ name = 'card0', kind = 'unified', total = '50GiB', used = '0B' }]
+         [models]
+         a = { weights = '40GiB' }
+         b = { weights = '20GiB' }
+         c = { weights = '20GiB', placement = 'anonymous' }",
+    );
+    s.start("a").run(30).start("b").run(30);
+    assert_eq!(s.running(), ["a"]);
+    let line = refusal(&s).to_string();
+    assert!(line.contains("of GPU memory") && line.contains("swap can't help"), "{line}");
+    s.start("c").run(30);
+    assert_eq!(s.running(), ["a", "c"], "there was memory all along");
+}

@@ -1,0 +1,106 @@
+//! Random machines and random schedules: the invariants hold whatever happens in whatever order.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::collections::BTreeSet;
+
+use plimsoll::ledger::UnitState;
+use plimsoll::policy::decision::Kind;
+use plimsoll::sim::{Scenario, Simulation};
+use proptest::prelude::*;
+
+#[derive(Clone, Debug)]
+enum Deed {
+    Start(usize),
+    Stop(usize),
+    Run(u64),
+    RestartDaemon,
+}
+
+fn deeds(models: usize) -> impl Strategy<Value = Vec<Deed>> {
+    let one = prop_oneof![
+        5 => (0..models).prop_map(Deed::Start),
+        2 => (0..models).prop_map(Deed::Stop),
+        4 => (1u64..60).prop_map(Deed::Run),
+        1 => Just(Deed::RestartDaemon),
+    ];
+    prop::collection::vec(one, 1..40)
+}
+
+/// One model as a line of a scenario.
+fn model(n: usize) -> impl Strategy<Value = String> {
+    let placement = prop_oneof![Just("gpu"), Just("mapped"), Just("anonymous")];
+    (1u64..60, placement, 0u8..5, any::<bool>(), 1u64..40, 0u64..5, 0u64..3).prop_map(
+        move |(weights, placement, priority, shrinks, load, stop, file)| {
+            let minimum = if shrinks { ", context-min = 4096" } else { "" };
+            format!(
+                "m{n} = {{ weights = '{weights}GiB', placement = '{placement}', priority = {}, kv-per-token = '256KiB', \
+                 private = '512MiB', context = 32768{minimum}, load-seconds = {load}, stop-seconds = {stop}, file = {} }}",
+                priority * 20,
+                if file == 0 { 7 } else { 100 + n },
+            )
+        },
+    )
+}
+
+fn machines() -> impl Strategy<Value = (String, usize)> {
+    (2usize..8).prop_flat_map(|count| {
+        let models: Vec<_> = (0..count).map(model).collect();
+        (models, 40u64..140).prop_map(move |(models, gtt)| {
+            let text = format!(
+                "[machine]\nmemory = '128GiB'\nsystem = '4GiB'\n\
+                 gpus = [{{ name = 'card0', kind = 'unified', total = '{gtt}GiB', used = '0B' }}]\n[models]\n{}\n",
+                models.join("\n")
+            );
+            (text, count)
+        })
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_invariants_hold((text, deeds) in machines().prop_flat_map(|(text, n)| (Just(text), deeds(n)))) {
+        let scenario: Scenario = toml::from_str(&text).unwrap();
+        let models: Vec<_> = scenario.models.clone().into_iter().collect();
+        let priority = |name: &str| models.iter().find(|(n, _)| n.as_str() == name).unwrap().1.priority;
+        let mut s = Simulation::new(scenario.clone());
+        for deed in &deeds {
+            match deed {
+                Deed::Start(n) => drop(s.start(models[*n].0.as_str()).run(1)),
+                Deed::Stop(n) => drop(s.stop(models[*n].0.as_str()).run(1)),
+                Deed::Run(seconds) => drop(s.run(*seconds)),
+                Deed::RestartDaemon => s.restart_daemon(),
+            }
+        }
+        s.run(2000);
+        prop_assert_eq!(&s.breaches, &Vec::<String>::new());
+
+        // Only strictly lower priorities went, and not for one that was refused in the end.
+        for (n, decision) in s.decisions.iter().enumerate().filter(|(_, d)| d.kind == Kind::Evict) {
+            let winner = decision.for_instance.as_ref().unwrap();
+            prop_assert!(priority(decision.instance.model.as_str()) < priority(winner.model.as_str()));
+            let verdict = s.decisions[n..].iter().find(|d| d.instance == *winner && d.kind != Kind::Wait);
+            prop_assert!(verdict.is_none_or(|d| d.kind != Kind::Refuse), "{decision:?} was in vain: {verdict:?}");
+        }
+
+        // Everything has come to rest: nobody waits, nothing is half started.
+        prop_assert_eq!(s.core.waiting().count(), 0);
+        for (name, _) in &models {
+            prop_assert!(matches!(s.state(name.as_str()), UnitState::Active | UnitState::Inactive | UnitState::Failed));
+        }
+
+        // Whoever is owed a return gets it once all that is in the way has gone.
+        let owed: BTreeSet<String> = s.core.owed().iter().map(|owed| owed.instance.to_string()).collect();
+        for name in s.running() {
+            s.stop(&name);
+        }
+        s.run(20_000);
+        let running = s.running();
+        let still: Vec<String> = s.core.owed().iter().map(|owed| owed.instance.to_string()).collect();
+        for name in owed {
+            prop_assert!(running.contains(&name) || still.contains(&name), "{} is lost", name);
+        }
+        prop_assert!(still.is_empty() || !running.is_empty(), "room is free and nobody returns: {still:?}");
+    }
+}
