@@ -1,3 +1,88 @@
-//! Plimsoll's development tool.
+//! Plimsoll's development tool: `cargo xtask help`.
 
-fn main() {}
+// The scenarios that use the rest come next.
+#![allow(dead_code)]
+
+mod host;
+mod models;
+mod vm;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use vm::{Guest, ImageOptions, Machine, MachineOptions, image::Image};
+
+/// Plimsoll's development tool
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Boot the virtual machine by hand
+    Vm {
+        #[command(subcommand)]
+        action: VmAction,
+        #[command(flatten)]
+        image: ImageOptions,
+    },
+}
+
+#[derive(Subcommand)]
+enum VmAction {
+    /// Build the image and the models, boot nothing
+    Build,
+    /// Boot, run one shell command as root in the guest, and exit with its code
+    Run {
+        /// The command
+        script: String,
+        #[command(flatten)]
+        machine: MachineOptions,
+    },
+    /// Boot, start the distribution's llama-server on a generated model, and ask it for a completion
+    Prove {
+        /// Name of the model file in the guest's /srv/models, without .gguf
+        #[arg(default_value = "small")]
+        model: String,
+        #[command(flatten)]
+        machine: MachineOptions,
+    },
+}
+
+fn boot(image: &ImageOptions, machine: &MachineOptions) -> Result<Guest> {
+    let image = Image::ensure(image)?;
+    let disk = models::ensure_disk()?;
+    Guest::connect(Machine::start(&image, &disk, machine)?)
+}
+
+fn main() -> std::process::ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code.into(),
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            1.into()
+        }
+    }
+}
+
+fn run(task: Task) -> Result<u8> {
+    match task {
+        Task::Vm { action: VmAction::Build, image } => {
+            println!("image: {}", Image::ensure(&image)?.directory.display());
+            println!("models: {}", models::ensure_disk()?.display());
+            Ok(0)
+        }
+        Task::Vm { action: VmAction::Run { script, machine }, image } => {
+            let guest = boot(&image, &machine)?;
+            let done = guest.run_within(&script, std::time::Duration::from_secs(600))?;
+            print!("{}", done.stdout);
+            eprint!("{}", done.stderr);
+            Ok(u8::try_from(done.code).unwrap_or(1))
+        }
+        Task::Vm { action: VmAction::Prove { model, machine }, image } => {
+            vm::prove(&boot(&image, &machine)?, &model)
+        }
+    }
+}
