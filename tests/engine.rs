@@ -308,3 +308,36 @@ fn a_container_engine_is_refused_for_now() {
         "engine 'rocm' is a container image, which is not supported yet: give its 'path' instead"
     );
 }
+
+#[test]
+fn checking_breaks_only_what_is_wrong() {
+    let root = Root::new("check");
+    let _ = root
+        .load("", &format!("{MODEL}context = 65536\naliases = [\"n\"]\nengine-args = [\"-c\", \"4096\"]\n"));
+    for (name, text) in [
+        ("fine", format!("{MODEL}port = 8081\n")),
+        ("unknown", format!("{MODEL}port = 8082\nengine-args = [\"--brand-new\"]\n")),
+        ("split", "model = \"/srv/x-00002-of-00003.gguf\"\nport = 8083\n".to_owned()),
+        ("command", "memory = \"1GiB\"\nport = 8084\ncommand = [\"/usr/bin/w\", \"{prt}\"]\n".to_owned()),
+    ] {
+        fs::write(root.0.join(format!("etc/plimsoll/models.d/{name}.toml")), text).unwrap();
+    }
+    let loaded = engine::load(&root.0);
+    let problems: Vec<_> = loaded.problems.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        problems,
+        [
+            "/etc/plimsoll/models.d/command.toml:3:1: error: {prt} in 'command' at \
+             /etc/plimsoll/models.d/command.toml:3 is unknown; did you mean {port}?",
+            "/etc/plimsoll/models.d/m.toml:2:1: error: 'context' at /etc/plimsoll/models.d/m.toml:2 is 65536, but -c \
+             in 'engine-args' at /etc/plimsoll/models.d/m.toml:4 says 4096: remove one of them",
+            "/etc/plimsoll/models.d/split.toml: error: /srv/x-00002-of-00003.gguf: give the first file of the split \
+             model: x-00001-of-00003.gguf",
+            "/etc/plimsoll/models.d/unknown.toml:3:1: warning: '--brand-new' is unknown to plimsoll; the engine gets \
+             it, and the estimate takes it to need no memory",
+        ]
+    );
+    let names: Vec<_> = loaded.models.keys().map(ToString::to_string).collect();
+    assert_eq!(names, ["fine", "unknown"]);
+    assert!(loaded.instance("n@2").unwrap_err().to_string().starts_with("the configuration of 'm' is wrong"));
+}

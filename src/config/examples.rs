@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use proptest::prelude::*;
+
 use super::table::Table;
 use super::{Daemon, Model, Problem, daemon, model_file};
 
@@ -100,4 +102,61 @@ fn the_list_of_keys_is_the_one_that_is_read() {
     let mut keys = model_file::KEYS;
     keys.sort_unstable();
     assert_eq!(problems[0].hint, Some(format!("the keys here are {}", keys.join(", "))));
+}
+
+/// Reads a text as both kinds of file; what comes of it doesn't matter.
+fn read_anyhow(text: &str) {
+    let mut problems = Vec::new();
+    let table = Table::parse(Path::new("example"), text, &mut problems).unwrap_or_default();
+    let (_, defaults) = daemon::read(table.clone(), &mut problems);
+    let name = "example".parse().unwrap_or_else(|error| unreachable!("{error}"));
+    model_file::read(&name, table, &defaults, Path::new("example"), &mut problems);
+    for problem in problems {
+        let line = problem.to_string();
+        assert!(!line.contains('\n') && line.len() < 2000, "{line}");
+    }
+}
+
+proptest! {
+    /// Whatever stands in a file: no panic, and problems that are one line each.
+    #[test]
+    fn any_text_is_read_without_panic(text in ".{0,200}") {
+        read_anyhow(&text);
+    }
+
+    /// The examples with a piece replaced by something else.
+    #[test]
+    fn any_change_is_read_without_panic(
+        which in 0..3usize,
+        at in 0..6000usize,
+        cut in 0..40usize,
+        with in prop_oneof![
+            "[\\PC\n]{0,20}",
+            "(-?[0-9]{1,25}|true|\\[\\[?|\\{|\"\"\"|'''|= |\\.|\\\\u0000|9e9|1979-05-27)",
+        ],
+    ) {
+        let text = uncommented([SETTINGS, LLAMA_SERVER, OTHER_ENGINE][which]);
+        let chars: Vec<char> = text.chars().collect();
+        let at = at % chars.len();
+        let end = (at + cut).min(chars.len());
+        let before: String = chars[..at].iter().collect();
+        let after: String = chars[end..].iter().collect();
+        read_anyhow(&format!("{before}{with}{after}"));
+    }
+}
+
+#[test]
+fn depth_and_size_are_bounded() {
+    for text in [
+        format!("modes = {}", "[".repeat(500_000)),
+        format!("modes = {}{}", "[".repeat(400_000), "]".repeat(400_000)),
+        format!("{}a = 1", "a.".repeat(500_000)),
+        format!("[{}a]\nb = 1", "a.".repeat(500_000)),
+        format!("[[{}a]]\nb = 1", "a.".repeat(500_000)),
+        format!("a = {}1{}", "{ a = ".repeat(100_000), "}".repeat(100_000)),
+        format!("{} = 1", "k".repeat(1_000_000)),
+        "[[a]]\n".repeat(150_000),
+    ] {
+        read_anyhow(&text);
+    }
 }

@@ -66,7 +66,10 @@ impl Loaded {
     /// # Errors
     /// When no model is called so, or its configuration is wrong: one sentence that says which.
     pub fn instance(&self, text: &str) -> Result<(Instance, &Model), NotFound> {
-        let asked: Instance = text.parse()?;
+        let mut asked: Instance = text.parse()?;
+        if let Some(name) = self.aliases.get(&asked.model) {
+            asked.model = name.clone();
+        }
         if let Some(problems) = self.broken.get(&asked.model) {
             let first = problems.iter().find(|problem| problem.is_error());
             return Err(NotFound::Broken {
@@ -75,7 +78,7 @@ impl Loaded {
                 more: problems.iter().filter(|problem| problem.is_error()).count().saturating_sub(1),
             });
         }
-        let Some(model) = self.resolve(asked.model.as_str()) else {
+        let Some(model) = self.models.get(&asked.model) else {
             let names = self.models.keys().chain(self.aliases.keys()).map(ModelName::as_str);
             let hint = match nearest(asked.model.as_str(), names) {
                 Some(near) => format!("did you mean '{near}'?"),
@@ -83,7 +86,7 @@ impl Loaded {
             };
             return Err(NotFound::Unknown { name: asked.model, hint });
         };
-        Ok((Instance { model: model.name.clone(), number: asked.number }, model))
+        Ok((asked, model))
     }
 
     /// Whether there is no error anywhere (warnings don't count).

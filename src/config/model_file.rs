@@ -299,10 +299,20 @@ fn health_path(item: &Item) -> Result<String, reader::Wrong> {
 
 fn engine_args(item: &Item) -> Result<Vec<String>, reader::Wrong> {
     let arguments = reader::list(reader::argument)(item)?;
-    if arguments.iter().any(|a| a == "--api-key" || a.starts_with("--api-key=")) {
-        // Arguments are in the process list, in the journal and on the bus.
-        return Err(reader::Wrong::new("must not hold --api-key, which everyone could read")
-            .hint("write the key into a file and name that in 'api-key-file'"));
+    // Arguments are in the process list, in the journal and on the bus.
+    for argument in &arguments {
+        let flag = argument.split('=').next().unwrap_or_default().replace('_', "-");
+        match flag.as_str() {
+            "--api-key" => {
+                return Err(reader::Wrong::new("must not hold --api-key, which everyone could read")
+                    .hint("write the key into a file and name that in 'api-key-file'"));
+            }
+            "--hf-token" | "-hft" => {
+                return Err(reader::Wrong::new(format!("must not hold {flag}, which everyone could read"))
+                    .hint("leave it out: nothing is downloaded at the start of a model"));
+            }
+            _ => {}
+        }
     }
     Ok(arguments)
 }

@@ -15,11 +15,13 @@ pub(super) struct Wrong {
     place: Option<Place>,
     message: String,
     hint: Option<String>,
+    /// What else is wrong with it: further items of a list.
+    also: Vec<Wrong>,
 }
 
 impl Wrong {
     pub(super) fn new(message: impl Into<String>) -> Self {
-        Self { place: None, message: message.into(), hint: None }
+        Self { place: None, message: message.into(), hint: None, also: Vec::new() }
     }
 
     pub(super) fn hint(mut self, hint: impl Into<String>) -> Self {
@@ -55,11 +57,14 @@ impl<'a> Reader<'a> {
         self.given.insert(key, place);
         match convert(&item) {
             Ok(value) => Some(value),
-            Err(wrong) => {
-                let mut problem =
-                    Problem::error(wrong.place.unwrap_or(item.place), format!("'{key}' {}", wrong.message));
-                problem.hint = wrong.hint;
-                self.problems.push(problem);
+            Err(mut wrong) => {
+                let also = std::mem::take(&mut wrong.also);
+                for wrong in std::iter::once(wrong).chain(also) {
+                    let place = wrong.place.unwrap_or_else(|| item.place.clone());
+                    let mut problem = Problem::error(place, format!("'{key}' {}", wrong.message));
+                    problem.hint = wrong.hint;
+                    self.problems.push(problem);
+                }
                 None
             }
         }
@@ -204,7 +209,17 @@ pub(super) fn path(item: &Item) -> Read<PathBuf> {
 pub(super) fn list<T>(convert: impl Fn(&Item) -> Read<T>) -> impl Fn(&Item) -> Read<Vec<T>> {
     move |item| match &item.value {
         Value::Array(items) => {
-            items.iter().map(|item| convert(item).map_err(|wrong| wrong.at(&item.place))).collect()
+            let mut wrong = Vec::new();
+            let read: Vec<T> = items
+                .iter()
+                .filter_map(|item| convert(item).map_err(|w| wrong.push(w.at(&item.place))).ok())
+                .collect();
+            if wrong.is_empty() {
+                return Ok(read);
+            }
+            let mut first = wrong.remove(0);
+            first.also = wrong;
+            Err(first)
         }
         other => Err(expected("a list in square brackets", other)),
     }

@@ -112,3 +112,17 @@ pub enum Error {
     #[error(transparent)]
     Shards(#[from] ModelError),
 }
+
+impl Error {
+    /// Where in the configuration it is, when it is in one place.
+    #[must_use]
+    pub fn place(&self) -> Option<&Place> {
+        match self {
+            Self::Contradiction { place, .. }
+            | Self::Reserved { place, .. }
+            | Self::Arguments { place, .. }
+            | Self::Placeholder { place, .. } => Some(place),
+            _ => None,
+        }
+    }
+}

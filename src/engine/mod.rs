@@ -7,6 +7,7 @@
 //! layers on the GPU, caches) it writes into those settings, prices them, and [`Launch::llama_server`]
 //! spells exactly them out. So what is priced is what is run.
 
+mod check;
 mod effective;
 mod error;
 mod files;
@@ -17,6 +18,7 @@ mod placeholders;
 pub mod version;
 mod words;
 
+pub use check::{check, load};
 pub use effective::{Automatic, Effective, Source, effective};
 pub use error::Error;
 pub use files::{NeededFile, Purpose, files};

@@ -40,8 +40,8 @@ pub fn drop_in(directories: &BTreeSet<PathBuf>) -> Option<String> {
     Some(text)
 }
 
-/// A path as RequiresMountsFor= reads it: quoted where it has to be (backslashes are not escapes
-/// there), percent signs doubled. None for a path that can't be written.
+/// A path as RequiresMountsFor= reads it: in quotes where it has to be, with backslashes before
+/// quotes and backslashes, percent signs doubled. None for a path that can't be written.
 fn escaped(path: &Path) -> Option<String> {
     let text = path.to_str()?;
     // A line break would be a line of its own in the unit.
@@ -52,14 +52,9 @@ fn escaped(path: &Path) -> Option<String> {
     let plain =
         |c: char| c.is_alphanumeric() || matches!(c, '/' | '.' | '-' | '_' | '+' | ':' | '@' | '%' | ',');
     if text.chars().all(plain) {
-        Some(doubled)
-    } else if !text.contains('"') {
-        Some(format!("\"{doubled}\""))
-    } else if !text.contains('\'') {
-        Some(format!("'{doubled}'"))
-    } else {
-        None
+        return Some(doubled);
     }
+    Some(format!("\"{}\"", doubled.replace('\\', "\\\\").replace('"', "\\\"")))
 }
 
 #[cfg(test)]
@@ -73,10 +68,9 @@ mod tests {
             ("/mnt/ai models", Some("\"/mnt/ai models\"")),
             ("/mnt/100%", Some("/mnt/100%%")),
             ("/mnt/it's", Some("\"/mnt/it's\"")),
-            ("/mnt/a\"b", Some("'/mnt/a\"b'")),
-            ("/mnt/a\"b'c", None),
+            (r#"/mnt/a"b'c"#, Some(r#""/mnt/a\"b'c""#)),
             ("/mnt/a\nExecStart=/bin/sh", None),
-            ("/mnt/back\\slash", Some("\"/mnt/back\\slash\"")),
+            (r"/mnt/back\slash", Some(r#""/mnt/back\\slash""#)),
         ] {
             assert_eq!(escaped(Path::new(path)).as_deref(), written, "{path}");
         }
