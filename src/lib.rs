@@ -6,6 +6,7 @@
 //! `tests/floors.rs` holds the code to it.
 
 pub mod bytes;
+pub mod cli;
 pub mod config;
 pub mod dbus;
 pub mod engine;

@@ -1,3 +1,5 @@
 //! The command for people: see `plimsoll --help`.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    plimsoll::cli::main(std::env::args_os())
+}

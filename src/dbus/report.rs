@@ -113,55 +113,91 @@ pub struct Model {
     pub message: String,
 }
 
-/// A decision, taken or (`Plan`) only thought through.
+/// A reader's view of a decision, taken or (`Plan`) only thought through: what `policy::Decision`
+/// writes, read so that a newer daemon's words don't trouble an older command.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Decision {
-    /// When: microseconds since 1970, 0 for a plan.
-    pub time_usec: u64,
+    /// What was done: `admit`, `refuse`, `wait`, `evict`, `expire`, `restore`, `quarantine`.
+    pub kind: String,
     /// Whom it is about.
     pub instance: String,
-    /// `fits`, `fits-after`, `fits-with-swap`, `streams`, `refused`, `unknown`, or what was done:
-    /// `evicted`, `restored`, `unloaded`.
+    /// For whom, where one model had to go for another.
+    pub for_instance: Option<String>,
+    /// `fits`, `fits-after`, `fits-with-swap`, `streams`, `refused`, `unknown`.
     pub verdict: String,
-    /// One sentence with the arithmetic.
-    pub message: String,
-    /// What to try, a complete command where there is one.
-    pub hint: String,
+    /// When: milliseconds since boot.
+    pub at_msec: u64,
     /// Context that it is (or would be) started with, tokens.
     pub context: u64,
-    /// What it takes.
-    pub needed: Classes,
+    /// The bytes that it was about: needed, freed, or missing.
+    pub bytes: Bytes,
     /// What is done for it, in order.
     pub steps: Vec<Step>,
-    /// Each pool: what it needs there and what would be left to promise.
-    pub pools: Vec<PoolNeed>,
+    /// The numbers of a refusal.
+    pub refusal: Option<Refusal>,
+    /// Only observed: what would have been done was not.
+    pub observed: bool,
+    /// One sentence with the arithmetic.
+    pub text: String,
 }
 
 /// One step of a plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Step {
-    /// `drop-cache`, `stop`, `reduce-context`, `swap`, `start`.
-    pub action: String,
-    /// The instance or file that it is done to.
-    pub target: String,
+    /// `drop-cache`, `stop`, `reduce-context`.
+    pub step: String,
+    /// The instance that it is done to.
+    pub instance: String,
+    /// Why this one: `expired`, `evicted`, `replaced`, `named`.
+    pub reason: String,
     /// What it is expected to free.
     pub frees_bytes: Bytes,
-    /// Why this one, in a few words.
-    pub reason: String,
+    /// The context before, tokens.
+    pub from: u64,
+    /// The context afterwards, tokens.
+    pub to: u64,
 }
 
-/// What a plan needs of a pool.
+/// The numbers of a refusal, all of the pool that binds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct PoolNeed {
-    /// As in [`Pool`].
-    pub name: String,
-    /// What the model needs there.
+pub struct Refusal {
+    /// The smallest context that was allowed; tokens.
+    pub context: u64,
+    /// The size of the pool.
+    pub pool_bytes: Bytes,
+    /// What the model needs of it.
     pub needed_bytes: Bytes,
-    /// What could be promised before the plan.
-    pub headroom_bytes: Bytes,
-    /// What the plan frees there.
-    pub freed_bytes: Bytes,
+    /// What is left of it.
+    pub free_bytes: Bytes,
+    /// What is kept for the system.
+    pub reserve_bytes: Bytes,
+    /// What the rest of the system uses.
+    pub system_bytes: Bytes,
+    /// What models hold.
+    pub models_bytes: Bytes,
+    /// What stopping everything that may be stopped would free.
+    pub evictable_bytes: Bytes,
+    /// What is missing even then.
+    pub short_bytes: Bytes,
+    /// The models that stay.
+    pub kept: Vec<Kept>,
+    /// Why swap can't help, where it can't.
+    pub no_swap: Option<String>,
+    /// The complete command that would work, or the one that tells more.
+    pub advice: String,
+}
+
+/// A model that stays, and why it does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Kept {
+    /// Which.
+    pub instance: String,
+    /// What it holds in the pool that binds.
+    pub bytes: Bytes,
+    /// `pinned`, `priority 80`, or `still loading`.
+    pub why: String,
 }

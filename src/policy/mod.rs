@@ -11,6 +11,7 @@ pub mod limits;
 pub mod plan;
 pub mod refusal;
 pub mod request;
+pub mod verdict;
 
 pub use self::core::{Action, ActionId, Core, Event, Outcome, Saved};
 pub use decision::{Decision, Verdict};

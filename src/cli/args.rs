@@ -1,0 +1,418 @@
+//! The command line: verbs, options, and the words that explain them.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueHint};
+
+use crate::bytes::Bytes;
+
+/// Memory admission control for Linux machines that serve large language models.
+///
+/// Plimsoll knows what a model will take before it is loaded, makes room for it, refuses what
+/// would sink the machine, and keeps the machine afloat while models run. Models are ordinary
+/// systemd units: 'systemctl start llm@NAME' passes the same gate as 'plimsoll load NAME'.
+#[derive(Debug, Parser)]
+#[command(name = "plimsoll", version, max_term_width = 100, after_help = AFTER_HELP, after_long_help = AFTER_LONG_HELP)]
+#[command(subcommand_required = true, arg_required_else_help = true, propagate_version = false)]
+pub struct Cli {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  plimsoll fit model.gguf -c 16384 --ram 128GiB   will it fit on such a machine?
+  plimsoll plan deepseek                          what would have to go for it?
+  plimsoll load deepseek -c 16384                 start it, with progress
+  plimsoll status                                 what runs, and what room is left
+
+'plimsoll VERB --help' has an example of each; 'plimsoll --help' explains files and exit codes.";
+
+const AFTER_LONG_HELP: &str = "\
+Examples:
+  plimsoll fit model.gguf -c 4096 -c 16384 --ram 128GiB
+      What the model takes at each context length, and whether such a machine holds it.
+  plimsoll fit -- llama-server -m model.gguf -c 16384 -ngl 999 -ctk q8_0
+      The same for a llama-server command line as you have it.
+  plimsoll plan deepseek
+      What a load would do, in order, changing nothing.
+  plimsoll load deepseek -c 16384
+      Start it through systemd, with progress; models of lower priority make room.
+  plimsoll status
+      Models, reservations against measured memory, pools, last decisions.
+  plimsoll validate
+      Every problem of the configuration at once.
+
+Files:
+  /etc/plimsoll/plimsoll.toml         the daemon's settings; none is needed
+  /etc/plimsoll/models.d/NAME.toml    one file for each model (also under /run and /usr/lib)
+
+Environment:
+  PLIMSOLL_BUS_ADDRESS    the bus to talk to instead of the system's, as --bus
+  NO_COLOR                when set, nothing is coloured
+
+Exit codes:
+   0  done
+   1  failed
+   2  the command line is wrong
+  69  the daemon can't be reached
+  75  refused: it would not fit now
+  77  not authorised
+  78  the configuration can't work
+
+Errors go to standard error, one sentence and a hint. With --json, sizes are plain bytes.";
+
+/// What every verb takes.
+#[derive(Args, Clone, Debug)]
+pub struct Common {
+    /// Talk to the daemon on this bus instead of the system's (for 'plimsolld --simulate')
+    #[arg(long, global = true, value_name = "ADDRESS", help_heading = "Global options")]
+    pub bus: Option<String>,
+    /// Never ask for a password, fail instead
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub no_ask_password: bool,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    Fit(Fit),
+    Plan(Plan),
+    Load(Load),
+    Unload(Unload),
+    Status(Status),
+    List(List),
+    Explain(Explain),
+    Pin(Pin),
+    Unpin(Unpin),
+    Mode(Mode),
+    Reload(Reload),
+    Validate(Validate),
+    Run(Run),
+    WaitReady(WaitReady),
+    Completions(Completions),
+}
+
+/// Estimate what a model takes, per context length, and say whether it fits
+///
+/// Needs no daemon and no root, and reads only the headers of the model's files. Without -c it
+/// shows 4096, 16384, 32768, 65536 and 131072 tokens, as far as the model was trained.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  plimsoll fit model-00001-of-00004.gguf -c 4096 -c 16384 --ram 128GiB --gpu 120GiB
+  plimsoll fit deepseek --max-context
+  plimsoll fit -- llama-server -m model.gguf -c 16384 -ngl 999 -ctk q8_0 -np 4")]
+pub struct Fit {
+    /// A configured model, or a GGUF file (of a split model, its first)
+    #[arg(value_name = "MODEL|FILE", value_hint = ValueHint::FilePath)]
+    pub model: Option<String>,
+    /// Context length in tokens, all slots together; may be repeated
+    #[arg(short = 'c', long = "context", visible_alias = "ctx-size", value_name = "TOKENS", value_parser = tokens)]
+    pub contexts: Vec<u64>,
+    /// Find the largest context that fits
+    #[arg(long, conflicts_with = "contexts")]
+    pub max_context: bool,
+    /// Memory of the machine to judge for, instead of this one's
+    #[arg(long, value_name = "SIZE", help_heading = "Another machine")]
+    pub ram: Option<Bytes>,
+    /// Memory that its GPU can use, or 'none'; shared with --ram, as on an APU
+    #[arg(long, value_name = "SIZE|none", value_parser = size_or_none, help_heading = "Another machine")]
+    pub gpu: Option<SizeOrNone>,
+    /// The GPU of --gpu is a card with memory of its own
+    #[arg(long, requires = "gpu", help_heading = "Another machine")]
+    pub discrete: bool,
+    /// Swap of that machine
+    #[arg(long, value_name = "SIZE", help_heading = "Another machine")]
+    pub swap: Option<Bytes>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub root: Root,
+    /// A llama-server command line, or arguments of one, which change the estimate
+    #[arg(last = true, value_name = "LLAMA-SERVER-ARGUMENTS", allow_hyphen_values = true)]
+    pub arguments: Vec<String>,
+}
+
+/// A size, or nothing on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SizeOrNone {
+    /// There is none.
+    None,
+    /// So much.
+    Size(Bytes),
+}
+
+/// Show what a load would do, in order, changing nothing
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  plimsoll plan deepseek -c 16384")]
+pub struct Plan {
+    /// The model, or NAME@N for its Nth instance
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Context length in tokens instead of the configured one
+    #[arg(short = 'c', long, value_name = "TOKENS", value_parser = tokens)]
+    pub context: Option<u64>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Load a model through systemd, making room for it
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  plimsoll load deepseek
+  plimsoll load deepseek -c 16384 --instead-of glm-flash")]
+pub struct Load {
+    /// The model, or NAME@N for its Nth instance
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Context length in tokens instead of the configured one, until it stops
+    #[arg(short = 'c', long, value_name = "TOKENS", value_parser = tokens)]
+    pub context: Option<u64>,
+    /// A model that may be stopped for it whatever its priority; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub instead_of: Vec<String>,
+    /// Load it even though its size is unknown or would not fit
+    #[arg(long)]
+    pub force: bool,
+    /// Return once the job is queued, without waiting for the model to answer
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// Stop a model; it stays stopped until it is loaded again
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  plimsoll unload deepseek")]
+pub struct Unload {
+    /// The model, or NAME@N for its Nth instance
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Return once the job is queued, without waiting for its memory to be free
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// Show models, reservations against measured memory, pools and last decisions
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  plimsoll status\n  plimsoll status deepseek --json")]
+pub struct Status {
+    /// One model in full
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// List the configured models and their states
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  plimsoll list")]
+pub struct List {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Explain the last decision on a model with its numbers
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  plimsoll explain deepseek")]
+pub struct Explain {
+    /// The model, or NAME@N for its Nth instance
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Never evict a model, until 'unpin'
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  plimsoll pin deepseek")]
+pub struct Pin {
+    /// The models, or NAME@N for an Nth instance
+    #[arg(value_name = "NAME", required = true)]
+    pub names: Vec<String>,
+}
+
+/// Allow a model to be evicted again
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  plimsoll unpin deepseek")]
+pub struct Unpin {
+    /// The models, or NAME@N for an Nth instance
+    #[arg(value_name = "NAME", required = true)]
+    pub names: Vec<String>,
+}
+
+/// Show the daemon's mode, or set it until it restarts
+///
+/// In observe mode it admits everything, acts on nothing and logs what it would have done.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  plimsoll mode\n  plimsoll mode observe")]
+pub struct Mode {
+    /// The mode to set
+    #[arg(value_name = "MODE", value_parser = ["enforce", "observe"])]
+    pub mode: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Have the daemon read its configuration again
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  plimsoll validate && plimsoll reload")]
+pub struct Reload {}
+
+/// Check the configuration and show every problem at once
+///
+/// Needs no daemon and no root. Ends with 78 when there is an error, with 0 when there are only
+/// warnings.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  plimsoll validate\n  plimsoll validate --root ./image")]
+pub struct Validate {
+    #[command(flatten)]
+    pub root: Root,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Pass the gate and become the engine (what llm@.service runs)
+///
+/// Checks what could never work, asks the daemon for admission, waits for its answer, and
+/// replaces itself with the engine.
+#[derive(Args, Debug)]
+#[command(after_help = "Example, in a unit of your own:\n  ExecStart=/usr/bin/plimsoll run %i")]
+pub struct Run {
+    /// The instance, as after 'llm@'
+    #[arg(value_name = "INSTANCE")]
+    pub instance: String,
+    #[command(flatten)]
+    pub root: Root,
+}
+
+/// Wait until the model answers (what llm@.service runs after its start)
+///
+/// Asks the engine's health endpoint until it says yes. There is no time limit while bytes move;
+/// it fails when the process is gone or nothing has moved for the model's stall-timeout.
+#[derive(Args, Debug)]
+#[command(after_help = "Example, in a unit of your own:\n  ExecStartPost=/usr/bin/plimsoll wait-ready %i")]
+pub struct WaitReady {
+    /// The instance, as after 'llm@'
+    #[arg(value_name = "INSTANCE")]
+    pub instance: String,
+    #[command(flatten)]
+    pub root: Root,
+}
+
+/// Print the completion script for a shell
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Example:
+  plimsoll completions bash > /etc/bash_completion.d/plimsoll")]
+pub struct Completions {
+    /// The shell
+    #[arg(value_name = "SHELL")]
+    pub shell: Shell,
+}
+
+/// Shells that have completions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Shell {
+    /// GNU Bash
+    Bash,
+    /// Z shell
+    Zsh,
+    /// fish
+    Fish,
+}
+
+/// Where the configuration is.
+#[derive(Args, Debug)]
+pub struct Root {
+    /// Read the configuration under this directory instead of /
+    #[arg(long, value_name = "DIR", default_value = "/", value_hint = ValueHint::DirPath, hide_default_value = true)]
+    pub root: PathBuf,
+}
+
+/// Reads a number of tokens: `16384`, `16k` (16384), `1M` (1048576).
+fn tokens(text: &str) -> Result<u64, String> {
+    let (digits, scale) = match text.as_bytes().last() {
+        Some(b'k' | b'K') => (&text[..text.len() - 1], 1024),
+        Some(b'm' | b'M') => (&text[..text.len() - 1], 1024 * 1024),
+        _ => (text, 1),
+    };
+    let number: u64 =
+        digits.parse().ok().filter(|n| *n > 0 && digits.bytes().all(|b| b.is_ascii_digit())).ok_or_else(
+            || format!("'{text}' is not a context length: write a number of tokens, such as 16384 or 16k"),
+        )?;
+    let tokens = number.checked_mul(scale).filter(|n| *n <= u64::from(u32::MAX));
+    tokens.ok_or_else(|| format!("'{text}' is more tokens than any engine takes"))
+}
+
+fn size_or_none(text: &str) -> Result<SizeOrNone, String> {
+    if text == "none" {
+        return Ok(SizeOrNone::None);
+    }
+    text.parse().map(SizeOrNone::Size).map_err(|e: crate::bytes::ParseBytesError| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_has_an_example() {
+        for verb in Cli::command().get_subcommands() {
+            let help = verb.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example") && help.contains("plimsoll"), "{}", verb.get_name());
+        }
+    }
+
+    #[test]
+    fn contexts_and_sizes_are_read() {
+        assert_eq!(tokens("16384"), Ok(16384));
+        assert_eq!(tokens("16k"), Ok(16384));
+        assert_eq!(tokens("1M"), Ok(1_048_576));
+        for bad in ["", "k", "0", "-1", "+5", "1.5k", "99999999999", "5000M", "16kk"] {
+            assert!(tokens(bad).is_err(), "{bad}");
+        }
+        assert_eq!(size_or_none("none"), Ok(SizeOrNone::None));
+        assert_eq!(size_or_none("120GiB"), Ok(SizeOrNone::Size(Bytes::gib(120))));
+        assert!(size_or_none("lots").is_err());
+    }
+
+    #[test]
+    fn a_pasted_command_stands_after_two_dashes() {
+        let cli = Cli::try_parse_from([
+            "plimsoll",
+            "fit",
+            "-c",
+            "4096",
+            "-c",
+            "16k",
+            "--",
+            "llama-server",
+            "-m",
+            "x.gguf",
+            "-c",
+            "8192",
+            "--no-ask-password",
+        ]);
+        let Ok(Cli { verb: Verb::Fit(fit), common }) = cli else { panic!("{cli:?}") };
+        assert_eq!(fit.contexts, [4096, 16384]);
+        assert_eq!(fit.model, None);
+        assert_eq!(fit.arguments.len(), 6);
+        assert!(!common.no_ask_password);
+    }
+}

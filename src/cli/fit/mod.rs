@@ -1,0 +1,147 @@
+//! `plimsoll fit`: what a model takes at each context length, and whether it fits.
+
+mod machine;
+mod report;
+mod settings;
+mod subject;
+
+use crate::bytes::Bytes;
+use crate::config::Oversize;
+use crate::fit::{self, Budget, Devices, Estimate, Facts, FitError};
+use crate::ledger::FileId;
+use crate::policy::Verdict;
+use crate::policy::verdict::{Judgement, footprint, judge, unified};
+
+use super::args::Fit;
+use super::failure::{Exit, Failure};
+use super::output::{self, Painter};
+use machine::Target;
+use subject::Subject;
+
+/// Shown when no context is asked for, as far as the model was trained.
+const CONTEXTS: [u64; 5] = [4096, 16384, 32768, 65536, 131_072];
+/// Contexts are padded up to this; the smallest and the step of `--max-context`.
+const STEP: u64 = 256;
+
+/// One line of the answer.
+#[derive(Clone, Debug)]
+struct Line {
+    estimate: Estimate,
+    judgement: Judgement,
+    /// Layers on the GPU, experts of layers on the host: the placement that was priced.
+    cpu_moe: u32,
+}
+
+pub(super) fn fit(args: &Fit) -> Result<(), Failure> {
+    let subject = Subject::find(args)?;
+    let target = Target::find(args, &subject)?;
+    let pricer = Pricer::new(&subject, &target)?;
+    let lines = if args.max_context {
+        vec![pricer.largest()?]
+    } else {
+        let contexts = contexts(args, &subject, pricer.facts.context_train);
+        contexts.into_iter().map(|context| pricer.price(context)).collect::<Result<_, _>>()?
+    };
+    if args.json {
+        return output::print_json(&report::json(&subject, &target, &lines));
+    }
+    output::print(&report::text(&subject, &target, &lines, args.max_context, Painter::stdout()))
+}
+
+/// The contexts to show, in ascending order: those asked for; else that of the arguments; else
+/// the usual ones and the configured one.
+fn contexts(args: &Fit, subject: &Subject, trained: u64) -> Vec<u64> {
+    let mut contexts = match (&args.contexts[..], subject.settings.context) {
+        ([], 0) => usual(trained),
+        ([], context) if subject.configured => [&usual(trained)[..], &[context]].concat(),
+        ([], context) => vec![context],
+        (asked, _) => asked.to_vec(),
+    };
+    contexts.sort_unstable();
+    contexts.dedup();
+    contexts
+}
+
+fn usual(trained: u64) -> Vec<u64> {
+    let usual: Vec<u64> =
+        CONTEXTS.into_iter().filter(|context| trained == 0 || *context <= trained).collect();
+    if usual.is_empty() { vec![trained] } else { usual }
+}
+
+/// Prices contexts of one model for one machine.
+struct Pricer<'a> {
+    subject: &'a Subject,
+    target: &'a Target,
+    facts: Facts,
+    devices: Devices,
+    budget: Budget,
+    files: Vec<FileId>,
+}
+
+impl<'a> Pricer<'a> {
+    fn new(subject: &'a Subject, target: &'a Target) -> Result<Self, Failure> {
+        let facts = Facts::from_model(&subject.model).map_err(|error| subject.failure(&error))?;
+        let files = subject.model.shards().iter().map(|shard| &shard.identity);
+        let room = &target.room.emptied;
+        Ok(Self {
+            facts,
+            devices: target.devices(&subject.settings),
+            budget: Budget {
+                host: room.memory.0,
+                gpu: room.gpus.iter().copied().sum::<Bytes>().0,
+                unified: unified(&target.machine),
+                mapped_resident: subject.oversize != Oversize::Stream,
+            },
+            files: files.map(|file| FileId { device: file.device, inode: file.inode }).collect(),
+            subject,
+            target,
+        })
+    }
+
+    fn price(&self, context: u64) -> Result<Line, Failure> {
+        let mut settings = self.subject.settings.clone();
+        settings.context = context;
+        let failure = |error: FitError| self.subject.failure(&error);
+        let placement = fit::place(&self.facts, &settings, &self.devices, &self.budget).map_err(failure)?;
+        let estimate = placement.estimate;
+        let used = self.devices.used(&placement.settings);
+        let gpus: Vec<usize> = used
+            .iter()
+            .filter_map(|device| self.devices.list.iter().position(|d| d.name == device.name))
+            .collect();
+        let footprint = footprint(&estimate, &self.files, &gpus);
+        let judgement = judge(&footprint, estimate.known, &self.target.machine, &self.target.room);
+        Ok(Line { estimate, judgement, cpu_moe: placement.cpu_moe })
+    }
+
+    /// The largest context, in steps of 256 tokens and at most what the model was trained on, that
+    /// fits without swap and without streaming.
+    fn largest(&self) -> Result<Line, Failure> {
+        let fits = |line: &Line| matches!(line.judgement.verdict, Verdict::Fits | Verdict::FitsAfter);
+        let top = (self.facts.context_train / STEP).max(1);
+        let whole = self.price(top * STEP)?;
+        if fits(&whole) {
+            return Ok(whole);
+        }
+        let mut best = self.price(STEP)?;
+        if !fits(&best) {
+            let why = report::why(&best).unwrap_or_else(|| "its size is unknown".to_owned());
+            return Err(Failure::new(
+                Exit::Refused,
+                format!("{} does not fit at any context: {why}", self.subject.name),
+            )
+            .hint("smaller quantisations, or cache types q8_0, take less; without --max-context all numbers are shown"));
+        }
+        let (mut low, mut high) = (1, top);
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            let line = self.price(middle * STEP)?;
+            if fits(&line) {
+                (low, best) = (middle, line);
+            } else {
+                high = middle;
+            }
+        }
+        Ok(best)
+    }
+}

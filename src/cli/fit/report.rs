@@ -1,0 +1,256 @@
+//! The answer of `fit`: a table for people, an object for programs.
+
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+
+use super::machine::Target;
+use super::subject::Subject;
+use super::{Line, settings};
+use crate::bytes::{Bytes, MIB};
+use crate::cli::output::{Align, Painter, Style, Table, gib, wrap};
+use crate::cli::verbs::verdict_style;
+use crate::fit::{ENGINE_VERSION, Parts};
+use crate::ledger::Pool;
+use crate::policy::Verdict;
+
+/// The verdict in the word that JSON has for it.
+fn word(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Fits => "fits",
+        Verdict::FitsAfter => "fits-after",
+        Verdict::FitsWithSwap => "fits-with-swap",
+        Verdict::Streams => "streams",
+        Verdict::Refused => "refused",
+        Verdict::Unknown => "unknown",
+    }
+}
+
+/// The object that `--json` prints.
+pub fn json(subject: &Subject, target: &Target, lines: &[Line]) -> Value {
+    let model = &subject.model;
+    json!({
+        "model": {
+            "name": model.name().unwrap_or(&subject.name),
+            "architecture": model.architecture(),
+            "files": model.shards().iter().map(|shard| shard.path.to_string_lossy()).collect::<Vec<_>>(),
+            "parameters": model.parameters(),
+            "file_bytes": model.file_bytes(),
+            "context_train": model.context_train(),
+        },
+        "settings": settings::json(subject),
+        "engine": ENGINE_VERSION,
+        "machine": target.json(),
+        "estimates": lines.iter().map(estimate).collect::<Vec<_>>(),
+    })
+}
+
+fn estimate(line: &Line) -> Value {
+    let mut value = serde_json::to_value(&line.estimate).unwrap_or_default();
+    if let Value::Object(object) = &mut value {
+        // Neither the daemon's concern nor stable: indices of files and devices.
+        object.remove("mapped_by_shard");
+        object.insert("cpu_moe".to_owned(), json!(line.cpu_moe));
+        object.insert("swap_needed_bytes".to_owned(), json!(line.judgement.swap_needed));
+        object.insert("verdict".to_owned(), json!(word(line.judgement.verdict)));
+        object.insert("resident_per_mille".to_owned(), json!(line.judgement.resident_per_mille));
+        object.insert("short_bytes".to_owned(), json!(line.judgement.short.map_or(Bytes::ZERO, |(_, b)| b)));
+        object.insert("tokens_per_second".to_owned(), Value::Null);
+    }
+    value
+}
+
+/// The answer for people.
+pub fn text(
+    subject: &Subject,
+    target: &Target,
+    lines: &[Line],
+    max_context: bool,
+    painter: Painter,
+) -> String {
+    let mut out = heading(subject, target, painter);
+    out.push('\n');
+    out.push_str(&table(lines, painter));
+    out.push_str(&footnotes(subject, lines));
+    if let (true, Some(line)) = (max_context, lines.first()) {
+        let trained = subject.model.context_train();
+        let _ = match line.estimate.context {
+            all if all >= trained => writeln!(out, "All of the {trained} tokens that it was trained on fit."),
+            most => {
+                writeln!(out, "The largest context that fits is {most}, of {trained} that it was trained on.")
+            }
+        };
+    }
+    out
+}
+
+fn heading(subject: &Subject, target: &Target, painter: Painter) -> String {
+    let model = &subject.model;
+    let shards = match model.shards().len() {
+        1 => "1 file".to_owned(),
+        n => format!("{n} files"),
+    };
+    let title = model.name().map_or_else(|| subject.name.clone(), printable);
+    let mut out = format!("{}\n", painter.paint(Style::Bold, &title));
+    let mut line = |name: &str, text: &str| out.push_str(&wrap(&format!("  {name:<9} {text}"), 12));
+    line(
+        "model",
+        &format!(
+            "{}, {} parameters, {shards} of {}, trained on {} tokens",
+            printable(model.architecture()),
+            parameters(model.parameters()),
+            Bytes(model.file_bytes()),
+            model.context_train()
+        ),
+    );
+    let changed = settings::changed(subject);
+    if !changed.is_empty() {
+        line("settings", &changed.join(" "));
+    }
+    if !subject.passed_on.is_empty() {
+        line("unknown", &format!("{} (taken to need no memory)", subject.passed_on.join(" ")));
+    }
+    line(if target.described { "for" } else { "here" }, &target.describe());
+    out
+}
+
+/// Names come out of files: no control characters, and not longer than a line.
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(70).collect()
+}
+
+/// `671.0 B`, `30.5 B`, `360.0 M`.
+fn parameters(count: u64) -> String {
+    let tenths = |unit: u64| {
+        let tenths = (u128::from(count) * 10 + u128::from(unit) / 2) / u128::from(unit);
+        format!("{}.{}", tenths / 10, tenths % 10)
+    };
+    match count {
+        1_000_000_000.. => format!("{} B", tenths(1_000_000_000)),
+        1_000_000.. => format!("{} M", tenths(1_000_000)),
+        _ => count.to_string(),
+    }
+}
+
+/// A column of the table: its head, and what stands in it.
+type Column = (&'static str, fn(&Parts) -> u64);
+
+const COLUMNS: [Column; 6] = [
+    ("WEIGHTS", |parts| parts.weights_bytes),
+    ("KV", |parts| parts.kv_bytes),
+    ("STATE", |parts| parts.state_bytes),
+    ("COMPUTE", |parts| parts.compute_bytes),
+    ("OUTPUT", |parts| parts.output_bytes),
+    ("EXTRAS", |parts| parts.extras_bytes),
+];
+
+fn table(lines: &[Line], painter: Painter) -> String {
+    // What is nothing in every line needs no column; it is in the JSON all the same.
+    let shown: Vec<&Column> = COLUMNS
+        .iter()
+        .filter(|(_, of)| lines.iter().any(|line| of(&line.estimate.bytes) >= 52 * MIB))
+        .collect();
+    let mut columns = vec![("CONTEXT", Align::Right)];
+    columns.extend(shown.iter().map(|(name, _)| (*name, Align::Right)));
+    columns.extend([
+        ("TOTAL", Align::Right),
+        ("GPU", Align::Right),
+        ("HOST", Align::Right),
+        ("VERDICT", Align::Left),
+    ]);
+    let mut table = Table::new(&columns);
+    let plain = |text: String| (text, Style::Plain);
+    for line in lines {
+        let estimate = &line.estimate;
+        let mut row = vec![plain(estimate.context.to_string())];
+        row.extend(shown.iter().map(|(_, of)| plain(gib(Bytes(of(&estimate.bytes))))));
+        let bound = if estimate.exact { "" } else { "~" };
+        row.push((format!("{bound}{}", gib(Bytes(estimate.bytes.total_bytes))), Style::Bold));
+        row.push(plain(gib(Bytes(estimate.split.gpu.total_bytes))));
+        row.push(plain(gib(Bytes(estimate.split.host.total_bytes))));
+        let verdict = word(line.judgement.verdict);
+        row.push((verdict.to_owned(), verdict_style(verdict)));
+        table.row(row);
+    }
+    table.render(painter)
+}
+
+/// What the table has no room for.
+fn footnotes(subject: &Subject, lines: &[Line]) -> String {
+    let mut out = "Sizes in GiB.".to_owned();
+    if lines.iter().any(|line| !line.estimate.exact) {
+        out.push_str(" ~: with an upper bound for some of it.");
+    }
+    out.push('\n');
+    if let Some(cache) = lines.first().map(|line| line.estimate.extras.prompt_cache_bytes)
+        && cache > 0
+        && !subject.configured
+    {
+        let limit = Bytes(cache);
+        out.push_str(&wrap(
+            &format!("EXTRAS has {limit} for llama-server's prompt cache; '-- --cache-ram 0' leaves it out."),
+            0,
+        ));
+    }
+    for line in lines {
+        let context = line.estimate.context;
+        if let Some(why) = why(line) {
+            out.push_str(&wrap(&format!("{context}: {why}."), 2));
+        }
+        if line.cpu_moe > 0 {
+            let text = format!("{context}: the experts of {} layers stay on the host.", line.cpu_moe);
+            out.push_str(&wrap(&text, 2));
+        }
+    }
+    let mut notes: Vec<&String> = lines.iter().flat_map(|line| &line.estimate.notes).collect();
+    notes.sort();
+    notes.dedup();
+    notes.into_iter().for_each(|note| out.push_str(&wrap(&format!("Note: {note}."), 2)));
+    out
+}
+
+/// What is behind a verdict other than `fits`.
+pub fn why(line: &Line) -> Option<String> {
+    let judgement = &line.judgement;
+    let short = judgement.short.map(|(pool, bytes)| {
+        let pool = match pool {
+            Pool::Memory => "memory is",
+            Pool::Gpu(_) => "GPU memory is",
+            Pool::Slice => "llm.slice's limit is",
+        };
+        format!("{pool} {bytes} short")
+    });
+    match judgement.verdict {
+        Verdict::Fits => None,
+        Verdict::FitsAfter => Some("it fits once models that run are stopped".to_owned()),
+        Verdict::FitsWithSwap => Some(format!("it needs {} of swap", judgement.swap_needed)),
+        Verdict::Streams => Some(format!(
+            "{}; its mapped weights would be read from disk again and again, {} % of them stay resident",
+            short.unwrap_or_default(),
+            judgement.resident_per_mille / 10
+        )),
+        Verdict::Refused if !judgement.swap_needed.is_zero() => {
+            Some(format!("{}; it would need {} of swap", short?, judgement.swap_needed))
+        }
+        Verdict::Refused => short,
+        Verdict::Unknown => Some("no estimate, no promise".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_short() {
+        assert_eq!(parameters(671_026_419_200), "671.0 B");
+        assert_eq!(parameters(361_821_120), "361.8 M");
+        assert_eq!(parameters(999), "999");
+    }
+
+    #[test]
+    fn names_from_files_can_not_draw_on_the_terminal() {
+        assert_eq!(printable("a\x1b[31mb\n"), "a[31mb");
+        assert_eq!(printable(&"x".repeat(500)).len(), 70);
+    }
+}

@@ -1,0 +1,221 @@
+//! The model to price: a file, a configured model, or what a pasted command line names.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::cli::args::Fit;
+use crate::cli::failure::{Exit, Failure};
+use crate::config::{self, Oversize, Reserve};
+use crate::engine;
+use crate::fit::args::{self, Origin, Parsed};
+use crate::fit::{FitError, Settings};
+use crate::gguf::Model;
+
+/// A model and the settings that it would run with.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    /// What to call it.
+    pub name: String,
+    /// Its headers.
+    pub model: Model,
+    /// The settings.
+    pub settings: Settings,
+    /// Where each setting comes from that is not llama-server's default, by its flag's long name.
+    pub sources: BTreeMap<String, String>,
+    /// Arguments that nothing is known about.
+    pub passed_on: Vec<String>,
+    /// One of the configuration's models.
+    pub configured: bool,
+    /// What may be done when it is too large.
+    pub oversize: Oversize,
+    /// The configured reserve.
+    pub reserve: Reserve,
+}
+
+impl Subject {
+    /// The model that the command line means.
+    pub fn find(args: &Fit) -> Result<Self, Failure> {
+        let (variables, arguments) = assignments(&args.arguments);
+        match &args.model {
+            Some(name) if name.contains("://") => {
+                Err(Failure::usage(format!("{name} is not on this machine"))
+                    .hint("download it first: 'plimsoll fit' reads files"))
+            }
+            Some(name) if is_path(name) => Self::from_file(Path::new(name), arguments, variables),
+            Some(name) => Self::from_configuration(&args.root.root, name, arguments, &variables),
+            None if arguments.is_empty() => Err(Failure::usage("which model?").hint(
+                "plimsoll fit MODEL, plimsoll fit FILE.gguf, or plimsoll fit -- llama-server -m FILE.gguf",
+            )),
+            None => {
+                let parsed = parse(arguments, &variables)?;
+                match (&parsed.model, &parsed.download) {
+                    (Some(file), _) => {
+                        let file = file.clone();
+                        Self::from_parsed(&file, parsed)
+                    }
+                    (None, Some(download)) => {
+                        Err(Failure::usage(format!("{download} is not on this machine"))
+                            .hint("download it first: 'plimsoll fit' reads files"))
+                    }
+                    (None, None) => Err(Failure::usage("the command line names no model")
+                        .hint("add '-m FILE.gguf' to it, or name the model before '--'")),
+                }
+            }
+        }
+    }
+
+    fn from_file(
+        file: &Path,
+        arguments: &[String],
+        variables: BTreeMap<String, String>,
+    ) -> Result<Self, Failure> {
+        let parsed = parse(arguments, &variables)?;
+        if let Some(other) = parsed.model.as_ref().filter(|other| *other != file) {
+            return Err(Failure::usage(format!("which model: {} or {}?", file.display(), other.display())));
+        }
+        Self::from_parsed(file, parsed)
+    }
+
+    fn from_parsed(file: &Path, parsed: Parsed) -> Result<Self, Failure> {
+        let model = open(file)?;
+        let source = |origin: &Origin| match origin {
+            Origin::Argument(flag) => format!("argument {flag}"),
+            Origin::Variable(name) => format!("variable {name}"),
+        };
+        Ok(Self {
+            name: file.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+            model,
+            sources: parsed.origins.iter().map(|(name, origin)| (name.clone(), source(origin))).collect(),
+            settings: parsed.settings,
+            passed_on: parsed.passed_on,
+            configured: false,
+            oversize: Oversize::default(),
+            reserve: reserve(Path::new("/")),
+        })
+    }
+
+    fn from_configuration(
+        root: &Path,
+        name: &str,
+        arguments: &[String],
+        variables: &BTreeMap<String, String>,
+    ) -> Result<Self, Failure> {
+        let loaded = config::load(root);
+        let (_, model) = loaded.instance(name).map_err(|error| {
+            Failure::config(error.to_string()).hint(format!("a file is meant? write ./{name}"))
+        })?;
+        let wrong = |error: engine::Error| Failure::config(error.to_string());
+        let Some(file) = model.model.as_ref().filter(|_| model.command.is_none()) else {
+            let size = model.memory.map(|size| format!(": {size}")).unwrap_or_default();
+            return Err(Failure::config(format!(
+                "'{name}' runs a command of its own, whose memory is declared rather than estimated{size}"
+            )));
+        };
+        // What stands behind `--` comes last, and so wins.
+        let mut model_with = model.clone();
+        model_with.engine_args.extend(arguments.iter().cloned());
+        let effective = engine::effective(&model_with, variables).map_err(wrong)?;
+        let headers = Model::open(file).map_err(|error| Failure::config(error.to_string()))?;
+        Ok(Self {
+            name: model.name.to_string(),
+            model: headers,
+            sources: effective
+                .sources
+                .iter()
+                .map(|(name, source)| (name.clone(), source.to_string()))
+                .collect(),
+            settings: effective.settings,
+            passed_on: effective.passed_on,
+            configured: true,
+            oversize: model.oversize,
+            reserve: loaded.settings.map(|settings| settings.reserve).unwrap_or_default(),
+        })
+    }
+
+    /// What the estimate could not be made for, as a failure.
+    pub fn failure(&self, error: &FitError) -> Failure {
+        let exit = if self.configured { Exit::Config } else { Exit::Failed };
+        Failure::new(exit, format!("{}: {error}", self.name))
+    }
+}
+
+/// The reserve that `plimsoll.toml` sets.
+fn reserve(root: &Path) -> Reserve {
+    config::load(root).settings.map(|settings| settings.reserve).unwrap_or_default()
+}
+
+/// A file rather than a name: it has a slash, ends as model files do, or is there.
+fn is_path(name: &str) -> bool {
+    name.contains('/') || name.ends_with(".gguf") || name.parse::<config::ModelName>().is_err()
+}
+
+fn open(file: &Path) -> Result<Model, Failure> {
+    Model::open(file).map_err(|error| {
+        let failure = Failure::failed(error.to_string());
+        match error {
+            crate::gguf::ModelError::Short { .. } | crate::gguf::ModelError::MissingShard { .. } => {
+                failure.hint("is the download complete?")
+            }
+            _ => failure,
+        }
+    })
+}
+
+fn parse(arguments: &[String], variables: &BTreeMap<String, String>) -> Result<Parsed, Failure> {
+    let mut environment: BTreeMap<String, String> = std::env::vars_os()
+        .filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?)))
+        .collect();
+    environment.retain(|name, _| name.starts_with("LLAMA_ARG_"));
+    environment.extend(variables.clone());
+    args::parse(arguments, &environment).map_err(|error| Failure::usage(error.to_string()))
+}
+
+/// Assignments that stand before a pasted command, and the rest of it.
+fn assignments(words: &[String]) -> (BTreeMap<String, String>, &[String]) {
+    let assignment = |word: &String| {
+        let (name, value) = word.split_once('=')?;
+        let sound = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
+        (!name.is_empty() && name.chars().all(sound)).then(|| (name.to_owned(), value.to_owned()))
+    };
+    let count = words.iter().take_while(|word| assignment(word).is_some()).count();
+    (words[..count].iter().filter_map(assignment).collect(), &words[count..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_and_names_are_told_apart() {
+        for path in ["./x", "x.gguf", "/m/x", "a b"] {
+            assert!(is_path(path), "{path}");
+        }
+        for name in ["deepseek", "glm-4.7-flash"] {
+            assert!(!is_path(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_pasted_command_may_begin_with_variables() {
+        let words = ["HSA_X=1", "LLAMA_ARG_UBATCH=1024", "llama-server", "-m", "A=b"].map(str::to_owned);
+        let (variables, rest) = assignments(&words);
+        assert_eq!(variables.len(), 2);
+        assert_eq!(rest, ["llama-server", "-m", "A=b"]);
+    }
+
+    #[test]
+    fn what_is_no_local_model_is_said() {
+        let fit = |words: &[&str]| {
+            use clap::Parser;
+            let line = ["plimsoll", "fit"].iter().chain(words);
+            let cli = crate::cli::args::Cli::try_parse_from(line).unwrap();
+            let crate::cli::args::Verb::Fit(fit) = cli.verb else { panic!() };
+            Subject::find(&fit).unwrap_err()
+        };
+        assert_eq!(fit(&[]).exit, Exit::Usage);
+        assert!(fit(&["https://example.org/x.gguf"]).message.contains("not on this machine"));
+        assert!(fit(&["--", "llama-server", "-c", "4096"]).message.contains("names no model"));
+        assert_eq!(fit(&["/nowhere/x.gguf"]).exit, Exit::Failed);
+        assert!(fit(&["/a.gguf", "--", "-m", "/b.gguf"]).message.contains("which model"));
+    }
+}

@@ -1,0 +1,199 @@
+//! Asking the daemon for admission, whatever happens to the daemon meanwhile.
+//!
+//! `Admit` is idempotent within one start of a unit, so the answer to every disturbance is the
+//! same: wait until the name has an owner, and ask (again). What bounds it is the time without an
+//! owner and the number of times that an owner went away in mid-call.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use zbus::fdo::DBusProxy;
+use zbus::names::{OwnedUniqueName, WellKnownName};
+use zbus::{Fd, fdo};
+
+use crate::dbus::client::next;
+use crate::dbus::proxy::Admitted;
+use crate::dbus::{CallError, Client, NAME};
+
+/// What `Admit` is asked with.
+#[derive(Debug)]
+pub struct Question<'a> {
+    /// The instance.
+    pub instance: &'a str,
+    /// Paths and read-only descriptors of what the engine will read.
+    pub files: &'a [(String, File)],
+    /// The variables that change what it takes.
+    pub environment: &'a HashMap<String, String>,
+}
+
+/// How long to put up with what.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// Time without a bus, or without an owner of the name on it.
+    pub absent: Duration,
+    /// How often to ask: a daemon that dies of the question shall not do so for ever.
+    pub asks: u32,
+}
+
+impl Patience {
+    /// What `plimsoll run` has: an upgrade or a crash of the daemon takes seconds.
+    pub const NORMAL: Self = Self { absent: Duration::from_secs(60), asks: 10 };
+}
+
+/// Between two attempts to connect to a bus that is not there, or to ask a daemon that failed.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Asks until there is an answer. `say` is told what is being waited for.
+///
+/// # Errors
+/// The daemon's own answer, or [`CallError::Unreachable`] when patience ends.
+pub async fn ask(
+    bus: Option<&str>,
+    question: &Question<'_>,
+    patience: Patience,
+    say: &mut dyn FnMut(&str),
+) -> Result<Admitted, CallError> {
+    let mut asker = Asker { question, patience, asked: 0, deadline: Instant::now() + patience.absent };
+    loop {
+        let error = match Client::connect(bus, false).await {
+            Ok(client) => match asker.on_bus(&client, say).await {
+                Err(error @ CallError::Unreachable(_)) => error,
+                answer => return answer,
+            },
+            Err(error) => error,
+        };
+        // The bus itself is gone or never was: it may come back as well.
+        if asker.exhausted() {
+            return Err(error);
+        }
+        say("waiting for the message bus");
+        sleep(PAUSE).await;
+    }
+}
+
+struct Asker<'a> {
+    question: &'a Question<'a>,
+    patience: Patience,
+    asked: u32,
+    deadline: Instant,
+}
+
+/// How one call to `Admit` ended.
+enum Ended {
+    Answered(Result<Admitted, CallError>),
+    /// The name has another owner, or none: the call's reply will never come.
+    OwnerChanged(Option<OwnedUniqueName>),
+}
+
+impl Asker<'_> {
+    fn exhausted(&self) -> bool {
+        Instant::now() >= self.deadline || self.asked >= self.patience.asks
+    }
+
+    /// Asks on one connection until it is answered; `Unreachable` when the connection is gone or
+    /// patience has ended.
+    async fn on_bus(&mut self, client: &Client, say: &mut dyn FnMut(&str)) -> Result<Admitted, CallError> {
+        let bus = DBusProxy::new(client.connection()).await?;
+        // Subscribed before the first look, so that no change is missed.
+        let mut owners = client.manager().inner().receive_owner_changed().await?;
+        let mut progress = client.manager().receive_admit_progress().await?;
+        let mut owner = owner_of(&bus).await?;
+        loop {
+            let Some(asked) = owner.take() else {
+                say("waiting for plimsolld");
+                owner = self.wait_for_owner(&bus, &mut owners).await?;
+                continue;
+            };
+            self.deadline = Instant::now() + self.patience.absent;
+            if self.asked >= self.patience.asks {
+                return Err(CallError::Unreachable(format!("it went away {} times in mid-call", self.asked)));
+            }
+            self.asked += 1;
+            match self.ask_owner(client, &asked, &mut owners, &mut progress, say).await? {
+                Ended::Answered(Err(CallError::Unreachable(_))) => {
+                    sleep(PAUSE).await;
+                    owner = owner_of(&bus).await?;
+                }
+                Ended::Answered(answer) => return answer,
+                Ended::OwnerChanged(new) => owner = new,
+            }
+        }
+    }
+
+    /// Waits for the name to have an owner, having asked the bus to start one.
+    async fn wait_for_owner(
+        &self,
+        bus: &DBusProxy<'_>,
+        owners: &mut zbus::proxy::OwnerChangedStream<'_>,
+    ) -> Result<Option<OwnedUniqueName>, CallError> {
+        let name = WellKnownName::from_static_str_unchecked(NAME);
+        // Where activation fails, somebody may still start it by hand within the time.
+        let why = match timeout(self.deadline - Instant::now(), bus.start_service_by_name(name, 0)).await {
+            Ok(Err(error)) => error.to_string(),
+            _ => "it does not start".to_owned(),
+        };
+        if let Some(owner) = owner_of(bus).await? {
+            return Ok(Some(owner));
+        }
+        loop {
+            tokio::select! {
+                change = next(owners) => match change {
+                    Some(Some(owner)) => return Ok(Some(owner.into())),
+                    Some(None) => {}
+                    None => return Err(CallError::Unreachable("the bus closed the connection".to_owned())),
+                },
+                () = sleep_until(self.deadline) => {
+                    let waited = self.patience.absent.as_secs();
+                    return Err(CallError::Unreachable(format!("nobody has owned the name {NAME} for {waited} s ({why})")));
+                }
+            }
+        }
+    }
+
+    async fn ask_owner(
+        &self,
+        client: &Client,
+        asked: &OwnedUniqueName,
+        owners: &mut zbus::proxy::OwnerChangedStream<'_>,
+        progress: &mut crate::dbus::proxy::AdmitProgressStream,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Ended, CallError> {
+        let files: Vec<(&str, Fd<'_>)> =
+            self.question.files.iter().map(|(path, file)| (path.as_str(), Fd::from(file))).collect();
+        let call = client.manager().admit(self.question.instance, &files, self.question.environment);
+        tokio::pin!(call);
+        loop {
+            tokio::select! {
+                biased;
+                answer = &mut call => return Ok(Ended::Answered(answer.map_err(CallError::from))),
+                change = next(owners) => match change {
+                    Some(Some(owner)) if owner == *asked => {}
+                    Some(owner) => return Ok(Ended::OwnerChanged(owner.map(Into::into))),
+                    None => return Err(CallError::Unreachable("the bus closed the connection".to_owned())),
+                },
+                signal = next(progress) => match signal {
+                    Some(signal) => {
+                        if let Ok(args) = signal.args()
+                            && args.instance == self.question.instance
+                        {
+                            say(&args.text);
+                        }
+                    }
+                    None => return Err(CallError::Unreachable("the bus closed the connection".to_owned())),
+                },
+            }
+        }
+    }
+}
+
+/// Who owns the daemon's name.
+async fn owner_of(bus: &DBusProxy<'_>) -> Result<Option<OwnedUniqueName>, CallError> {
+    let name = WellKnownName::from_static_str_unchecked(NAME);
+    match bus.get_name_owner(name.into()).await {
+        Ok(owner) => Ok(Some(owner)),
+        Err(fdo::Error::NameHasNoOwner(_)) => Ok(None),
+        Err(error) => Err(zbus::Error::from(error).into()),
+    }
+}

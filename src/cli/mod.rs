@@ -1,0 +1,113 @@
+//! The command for people: arguments, tables, and the gate that units pass through.
+//!
+//! Nothing is decided here. `fit` and `validate` work on their own; everything else asks the
+//! daemon over the bus.
+
+mod agent;
+mod args;
+mod completions;
+mod failure;
+mod files;
+mod fit;
+mod gate;
+mod generator;
+mod load;
+mod notify;
+mod output;
+mod process;
+mod run;
+mod status;
+mod validate;
+mod verbs;
+mod wait_ready;
+
+use std::ffi::OsString;
+use std::future::Future;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches};
+
+use args::{Cli, Common, Verb};
+pub use failure::{Exit, Failure};
+
+use crate::dbus::{BUS_ADDRESS_VARIABLE, Client};
+
+/// The whole command line as clap sees it: for completions, manual pages and tests.
+#[must_use]
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// Runs the command line and says how it ended.
+#[must_use]
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args: Vec<OsString> = args.into_iter().collect();
+    if generator::is_meant(args.first()) {
+        return ExitCode::from(end(generator::main(&args[1..])) as u8);
+    }
+    let parsed = command().try_get_matches_from(args).and_then(|m| Cli::from_arg_matches(&m));
+    let cli = match parsed {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version go to standard output and are no failure.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8));
+        }
+    };
+    ExitCode::from(end(dispatch(cli)) as u8)
+}
+
+/// Says what went wrong, if something did.
+fn end(result: Result<Exit, Failure>) -> Exit {
+    let failure = match result {
+        Ok(exit) => return exit,
+        Err(failure) => failure,
+    };
+    output::eprint(&format!("plimsoll: {}", failure.message));
+    if let Some(hint) = &failure.hint {
+        output::eprint(&format!("hint: {hint}"));
+    }
+    failure.exit
+}
+
+fn dispatch(cli: Cli) -> Result<Exit, Failure> {
+    let common = &cli.common;
+    let done = match cli.verb {
+        Verb::Plan(args) => verbs::plan(common, &args),
+        Verb::Load(args) => load::load(common, &args),
+        Verb::Unload(args) => load::unload(common, &args),
+        Verb::Status(args) => status::status(common, &args),
+        Verb::List(args) => status::list(common, &args),
+        Verb::Explain(args) => verbs::explain(common, &args),
+        Verb::Pin(args) => verbs::pin(common, &args.names, true),
+        Verb::Unpin(args) => verbs::pin(common, &args.names, false),
+        Verb::Mode(args) => verbs::mode(common, &args),
+        Verb::Reload(_) => verbs::reload(common),
+        Verb::Validate(args) => return validate::validate(&args),
+        Verb::WaitReady(args) => return wait_ready::wait_ready(&args),
+        Verb::Run(args) => return run::run(common, &args),
+        Verb::Fit(args) => fit::fit(&args),
+        Verb::Completions(args) => completions::print(args.shell),
+    };
+    done.map(|()| Exit::Done)
+}
+
+/// Runs `future` on a runtime of this thread.
+fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::failed(format!("no event loop: {error}")))?
+        .block_on(future)
+}
+
+/// The bus to talk to, when it is not the system's.
+fn bus_address(common: &Common) -> Option<String> {
+    let from_environment = || std::env::var(BUS_ADDRESS_VARIABLE).ok().filter(|address| !address.is_empty());
+    common.bus.clone().or_else(from_environment)
+}
+
+/// A connection to the daemon's bus.
+async fn connect(common: &Common) -> Result<Client, Failure> {
+    Ok(Client::connect(bus_address(common).as_deref(), !common.no_ask_password).await?)
+}

@@ -1,0 +1,185 @@
+//! The main process of a unit, as `wait-ready` watches it.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use crate::bytes::{Bytes, MIB};
+
+/// A process, told from a later one with the same number by its start time.
+#[derive(Debug)]
+pub struct Process {
+    root: PathBuf,
+    pid: u32,
+    start_time: u64,
+}
+
+/// How far a unit's main process has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Still `plimsoll run`, waiting for admission.
+    Gate,
+    /// The engine.
+    Engine,
+    /// It ended.
+    Gone,
+}
+
+/// What a load moves: any difference of a MiB or more is movement.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Movement {
+    /// What the unit's cgroup is charged: anon, file and kernel of memory.stat.
+    pub resident: Bytes,
+    /// Read by the process, from wherever: `rchar` of /proc/PID/io.
+    pub read: Bytes,
+    /// `read_bytes` of /proc/PID/io: page faults on mapped files count here only.
+    disk: Bytes,
+    /// Resident pages of the process: mapped files that others have charged count here only.
+    pages: Bytes,
+}
+
+impl Movement {
+    /// Whether something has moved since `earlier`.
+    #[must_use]
+    pub fn differs(&self, earlier: &Self) -> bool {
+        [
+            (self.resident, earlier.resident),
+            (self.read, earlier.read),
+            (self.disk, earlier.disk),
+            (self.pages, earlier.pages),
+        ]
+        .into_iter()
+        .any(|(a, b)| a.0.abs_diff(b.0) >= MIB)
+    }
+}
+
+impl Process {
+    /// The process `pid` as it is now, if it lives. `root` is `/` but in tests.
+    #[must_use]
+    pub fn find(root: &Path, pid: u32) -> Option<Self> {
+        let process = Self { root: root.to_owned(), pid, start_time: 0 };
+        let (alive, start_time) = process.stat()?;
+        alive.then_some(Self { start_time, ..process })
+    }
+
+    /// How far it has come.
+    #[must_use]
+    pub fn stage(&self) -> Stage {
+        match self.stat() {
+            Some((true, start_time)) if start_time == self.start_time => {}
+            _ => return Stage::Gone,
+        }
+        let arguments = self.read("cmdline").unwrap_or_default();
+        let mut arguments = arguments.split('\0');
+        let program = arguments.next().unwrap_or_default();
+        let ours = Path::new(program).file_name().is_some_and(|name| name == "plimsoll");
+        // Empty for a moment while it executes the engine.
+        if program.is_empty() || (ours && arguments.any(|argument| argument == "run")) {
+            Stage::Gate
+        } else {
+            Stage::Engine
+        }
+    }
+
+    /// What it and its cgroup have moved so far; zero where it can't be read.
+    #[must_use]
+    pub fn movement(&self) -> Movement {
+        let io = self.read("io").unwrap_or_default();
+        let stat = self.memory_stat().unwrap_or_default();
+        let pages = self.read("statm").and_then(|text| text.split(' ').nth(1)?.parse::<u64>().ok());
+        // shmem is a part of file.
+        let charged = ["anon", "file", "kernel"].iter().filter_map(|key| field(&stat, key, ' '));
+        Movement {
+            resident: charged.map(Bytes).sum(),
+            read: Bytes(field(&io, "rchar:", ' ').unwrap_or(0)),
+            disk: Bytes(field(&io, "read_bytes:", ' ').unwrap_or(0)),
+            pages: Bytes(pages.unwrap_or(0)) * 4096,
+        }
+    }
+
+    /// Whether it lives, and its start time: fields 3 and 22 of /proc/PID/stat.
+    fn stat(&self) -> Option<(bool, u64)> {
+        let text = self.read("stat")?;
+        // The name in parentheses may hold anything, parentheses too.
+        let mut fields = text.get(text.rfind(')')? + 1..)?.split_whitespace();
+        let state = fields.next()?;
+        let start_time = fields.nth(18)?.parse().ok()?;
+        Some((!matches!(state, "Z" | "X" | "x"), start_time))
+    }
+
+    fn memory_stat(&self) -> Option<String> {
+        let groups = self.read("cgroup")?;
+        let group = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+        read_bounded(&self.root.join("sys/fs/cgroup").join(group).join("memory.stat"))
+    }
+
+    fn read(&self, file: &str) -> Option<String> {
+        read_bounded(&self.root.join("proc").join(self.pid.to_string()).join(file))
+    }
+}
+
+/// The number after `key` and `separator` on a line of its own.
+fn field(text: &str, key: &str, separator: char) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(separator)?.trim().parse().ok())
+}
+
+fn read_bounded(path: &Path) -> Option<String> {
+    const LIMIT: u64 = 256 * 1024;
+    let mut text = Vec::new();
+    std::fs::File::open(path).ok()?.take(LIMIT).read_to_end(&mut text).ok()?;
+    Some(String::from_utf8_lossy(&text).into_owned())
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Writes what the kernel would show of a process under `root`.
+    pub fn write_process(root: &Path, pid: u32, state: &str, arguments: &[&str]) {
+        let directory = root.join("proc").join(pid.to_string());
+        std::fs::create_dir_all(&directory).unwrap();
+        let rest: Vec<String> = (4..30).map(|n| n.to_string()).collect();
+        std::fs::write(directory.join("stat"), format!("{pid} (a ) name) {state} {}", rest.join(" ")))
+            .unwrap();
+        let command: String = arguments.iter().map(|argument| format!("{argument}\0")).collect();
+        std::fs::write(directory.join("cmdline"), command).unwrap();
+    }
+
+    #[test]
+    fn the_gate_and_the_engine_are_told_apart() {
+        let root = std::env::temp_dir().join(format!("plimsoll-process-{}", std::process::id()));
+        assert!(Process::find(&root, 9).is_none());
+        write_process(&root, 9, "S", &["/usr/bin/plimsoll", "run", "deepseek"]);
+        let process = Process::find(&root, 9).unwrap();
+        assert_eq!(process.start_time, 22);
+        assert_eq!(process.stage(), Stage::Gate);
+        write_process(&root, 9, "R", &[]);
+        assert_eq!(process.stage(), Stage::Gate);
+        write_process(&root, 9, "D", &["/usr/bin/llama-server", "run"]);
+        assert_eq!(process.stage(), Stage::Engine);
+        write_process(&root, 9, "Z", &[]);
+        assert_eq!(process.stage(), Stage::Gone);
+        assert!(Process::find(&root, 9).is_none());
+        std::fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn movement_is_a_mebibyte_anywhere() {
+        let root = std::env::temp_dir().join(format!("plimsoll-movement-{}", std::process::id()));
+        write_process(&root, 9, "S", &["engine"]);
+        let directory = root.join("proc/9");
+        let group = root.join("sys/fs/cgroup/llm.slice/llm@x.service");
+        std::fs::create_dir_all(&group).unwrap();
+        std::fs::write(directory.join("cgroup"), "0::/llm.slice/llm@x.service\n").unwrap();
+        std::fs::write(directory.join("io"), "rchar: 1000\nwchar: 5\nread_bytes: 0\n").unwrap();
+        std::fs::write(directory.join("statm"), "1000 100 50 1 0 1 0\n").unwrap();
+        std::fs::write(group.join("memory.stat"), "anon 100\nfile 2000\nkernel 10\nshmem 500\n").unwrap();
+        let process = Process::find(&root, 9).unwrap();
+        let before = process.movement();
+        assert_eq!((before.resident, before.read, before.pages), (Bytes(2110), Bytes(1000), Bytes(409_600)));
+        std::fs::write(directory.join("io"), "rchar: 2000\nread_bytes: 0\n").unwrap();
+        assert!(!process.movement().differs(&before));
+        std::fs::write(directory.join("io"), "rchar: 1000\nread_bytes: 1048576\n").unwrap();
+        assert!(process.movement().differs(&before));
+        std::fs::remove_dir_all(&root).unwrap();
+    }
+}

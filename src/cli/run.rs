@@ -1,0 +1,232 @@
+//! `plimsoll run`: the gate in front of an engine, and the engine's own process afterwards.
+//!
+//! What could never work is found first, as the unit's own user, and costs nobody anything: then
+//! the daemon is asked, and only its answer is executed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
+use std::ffi::{CString, OsString};
+use std::fs::File;
+use std::net::ToSocketAddrs;
+use std::os::unix::ffi::OsStringExt;
+
+use nix::errno::Errno;
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, sockopt};
+
+use super::args::{Common, Run};
+use super::failure::{Exit, Failure};
+use super::files::{open_all, user_name};
+use super::gate::{self, Patience, Question};
+use super::notify::Notify;
+use super::output;
+use crate::config::{self, Instance, Model};
+use crate::dbus::proxy::Admitted;
+use crate::dbus::{BUS_ADDRESS_VARIABLE, CallError};
+use crate::engine::{self, Purpose};
+
+/// Variables that change what an engine takes, by their beginnings: llama.cpp's own, and those by
+/// which GPU runtimes choose devices and kinds of memory.
+const RELEVANT: [&str; 9] =
+    ["LLAMA_ARG_", "GGML_", "HSA_", "HIP_", "ROCR_", "ROCM_", "CUDA_", "GPU_", "AMD_"];
+/// Parts of names that sound like a secret: those never go over the bus.
+const SECRET: [&str; 5] = ["KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL"];
+
+pub(super) fn run(common: &Common, args: &Run) -> Result<Exit, Failure> {
+    let notify = Notify::from_env();
+    let failed = |failure: Failure| {
+        notify.status(&failure.message);
+        failure
+    };
+    match gate(common, args, &notify) {
+        Ok((argv, environment)) => match become_engine(&argv, environment) {
+            Err(failure) => Err(failed(failure)),
+            Ok(never) => match never {},
+        },
+        Err(failure) => Err(failed(failure)),
+    }
+}
+
+/// Everything up to the daemon's answer.
+fn gate(common: &Common, args: &Run, notify: &Notify) -> Result<Admitted, Failure> {
+    let loaded = config::load(&args.root.root);
+    let (instance, model) =
+        loaded.instance(&args.instance).map_err(|error| Failure::config(error.to_string()))?;
+    let environment = relevant(std::env::vars_os());
+    let files = check(&instance, model, &loaded.settings.clone().unwrap_or_default(), &environment)?;
+
+    let environment: HashMap<String, String> = environment.into_iter().collect();
+    let name = instance.to_string();
+    let question = Question { instance: &name, files: &files, environment: &environment };
+    notify.status("waiting for admission");
+    let mut said = String::new();
+    let mut say = |text: &str| {
+        notify.status(text);
+        // In the journal once for each change, for whoever asks later what took so long.
+        if text != said {
+            text.clone_into(&mut said);
+            output::eprint(&format!("{name}: {text}"));
+        }
+    };
+    let bus = super::bus_address(common);
+    super::block_on(async {
+        gate::ask(bus.as_deref(), &question, Patience::NORMAL, &mut say).await.map_err(|error| match error {
+            CallError::Unreachable(_) => {
+                Failure::new(Exit::Unavailable, format!("{name} was not admitted: {error}"))
+            }
+            error => error.into(),
+        })
+    })
+}
+
+/// What could never succeed: engine, files, port. Returns the files that the estimate is made of.
+fn check(
+    instance: &Instance,
+    model: &Model,
+    daemon: &config::Daemon,
+    environment: &BTreeMap<String, String>,
+) -> Result<Vec<(String, File)>, Failure> {
+    let wrong = |error: engine::Error| Failure::config(error.to_string());
+    let effective = match model.command {
+        Some(_) => None,
+        None => Some(engine::effective(model, environment).map_err(wrong)?),
+    };
+    let needed = engine::files(model, effective.as_ref()).map_err(wrong)?;
+    let opened = open_all(&needed, model.command.is_none())?;
+    engine::locate(model, daemon)
+        .map_err(|error| Failure::config(format!("{error} (as user {})", user_name())))?;
+    check_port(instance, model)?;
+    // Keys are for the engine alone. Paths that are not UTF-8 can't be in the configuration.
+    let sent = needed.iter().zip(opened).filter(|(file, _)| file.purpose != Purpose::ApiKeys);
+    Ok(sent.map(|(needed, file)| (needed.path.to_string_lossy().into_owned(), file)).collect())
+}
+
+/// The variables that change what an engine takes.
+fn relevant(all: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
+    all.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .filter(|(name, _)| RELEVANT.iter().any(|prefix| name.starts_with(prefix)))
+        .filter(|(name, _)| !SECRET.iter().any(|part| name.contains(part)))
+        .collect()
+}
+
+/// That the instance's address can be listened on. Bound and let go at once, never listened on, so
+/// that no client takes this for the engine.
+fn check_port(instance: &Instance, model: &Model) -> Result<(), Failure> {
+    // llama-server takes a host that ends so for the path of a socket.
+    if model.host.ends_with(".sock") {
+        return Ok(());
+    }
+    let config = |text: String| Failure::config(format!("{instance} can't start: {text}"));
+    let port = instance
+        .port(model.port)
+        .ok_or_else(|| config("its port would be above 65535".to_owned()).hint("choose a smaller 'port'"))?;
+    let place = format!("port {port} of {}", model.host);
+    let addresses = (model.host.as_str(), port)
+        .to_socket_addrs()
+        .map_err(|_| config(format!("its host '{}' is no address", model.host)))?;
+    for address in addresses {
+        match bind(&SockaddrStorage::from(address)) {
+            Ok(()) => {}
+            Err(Errno::EADDRINUSE) => {
+                return Err(config(format!("{place} is taken by another program"))
+                    .hint(format!("'ss -ltnp sport = :{port}' as root shows which; or set another 'port'")));
+            }
+            Err(Errno::EACCES) => {
+                return Err(config(format!("{place} may not be used by user {}", user_name()))
+                    .hint("ports below 1024 are for root: set another 'port'"));
+            }
+            Err(Errno::EADDRNOTAVAIL) => {
+                return Err(config(format!("this machine has no address {}", model.host)));
+            }
+            // Whatever else it is, the engine will say it better.
+            Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+fn bind(address: &SockaddrStorage) -> nix::Result<()> {
+    let family = match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+        (Some(_), _) => AddressFamily::Inet,
+        (_, Some(_)) => AddressFamily::Inet6,
+        _ => return Ok(()),
+    };
+    let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // As engines do: connections of a predecessor that linger are no hindrance.
+    socket::setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    socket::bind(std::os::fd::AsRawFd::as_raw_fd(&socket), address)
+}
+
+/// Replaces this process with the engine. What it had open was opened close-on-exec, and no signal
+/// was touched; SIGPIPE stays ignored, as systemd has it for services (IgnoreSIGPIPE=).
+fn become_engine(argv: &[String], added: HashMap<String, String>) -> Result<Infallible, Failure> {
+    let Some(program) = argv.first().filter(|program| program.starts_with('/')) else {
+        return Err(Failure::failed("the daemon's answer names no program by its whole path"));
+    };
+    let text = |text: Vec<u8>| {
+        CString::new(text).map_err(|_| Failure::failed("the daemon's answer has a NUL byte in it"))
+    };
+    let mut environment: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
+    environment.remove(&OsString::from(BUS_ADDRESS_VARIABLE));
+    environment.extend(added.into_iter().map(|(name, value)| (name.into(), value.into())));
+    let environment = environment
+        .into_iter()
+        .map(|(name, value)| text([&name.into_vec()[..], b"=", &value.into_vec()].concat()))
+        .collect::<Result<Vec<_>, _>>()?;
+    let arguments =
+        argv.iter().map(|argument| text(argument.clone().into_bytes())).collect::<Result<Vec<_>, _>>()?;
+    let path = text(program.clone().into_bytes())?;
+    let errno = match nix::unistd::execve(&path, &arguments, &environment) {
+        Ok(never) => match never {},
+        Err(errno) => errno,
+    };
+    let exit = match errno {
+        Errno::ENOENT | Errno::EACCES | Errno::ENOEXEC | Errno::ENOTDIR => Exit::Config,
+        _ => Exit::Failed,
+    };
+    Err(Failure::new(exit, format!("can't execute {program} as user {}: {}", user_name(), errno.desc())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn only_what_matters_and_is_no_secret_is_told() {
+        let all = [
+            ("LLAMA_ARG_CTX_SIZE", "4096"),
+            ("HSA_OVERRIDE_GFX_VERSION", "11.5.1"),
+            ("GGML_CUDA_ENABLE_UNIFIED_MEMORY", "1"),
+            ("LLAMA_ARG_API_KEY", "hush"),
+            ("LLAMA_API_KEY", "hush"),
+            ("HF_TOKEN", "hush"),
+            ("HOME", "/"),
+        ];
+        let told = relevant(all.into_iter().map(|(n, v)| (n.into(), v.into())));
+        let names: Vec<&str> = told.keys().map(String::as_str).collect();
+        assert_eq!(
+            names,
+            ["GGML_CUDA_ENABLE_UNIFIED_MEMORY", "HSA_OVERRIDE_GFX_VERSION", "LLAMA_ARG_CTX_SIZE"]
+        );
+    }
+
+    #[test]
+    fn a_port_that_is_taken_is_found_and_a_free_one_stays_free() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        assert_eq!(bind(&SockaddrStorage::from(address)), Err(Errno::EADDRINUSE));
+        drop(listener);
+        assert_eq!(bind(&SockaddrStorage::from(address)), Ok(()));
+        assert_eq!(bind(&SockaddrStorage::from(address)), Ok(()));
+    }
+
+    #[test]
+    fn an_answer_without_a_program_is_not_executed() {
+        for argv in [&[][..], &["llama-server".to_owned()], &["/nowhere/llama\0server".to_owned()]] {
+            assert_eq!(become_engine(argv, HashMap::new()).unwrap_err().exit, Exit::Failed);
+        }
+        let gone = become_engine(&["/nowhere/llama-server".to_owned()], HashMap::new()).unwrap_err();
+        assert_eq!(gone.exit, Exit::Config);
+        assert!(gone.message.starts_with("can't execute /nowhere/llama-server as user"), "{}", gone.message);
+    }
+}

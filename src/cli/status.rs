@@ -1,0 +1,394 @@
+//! `plimsoll status` and `list`: what runs, what it was promised and what it takes.
+
+use std::fmt::Write as _;
+
+use serde_json::Value;
+
+use super::args::{Common, List, Status as Args};
+use super::failure::{Exit, Failure};
+use super::output::{self, Align, Painter, Style, Table, gib, wrap};
+use super::verbs::{age, verdict_style};
+use crate::bytes::Bytes;
+use crate::dbus::CallError;
+use crate::dbus::report::{Classes, Decision, Model, Status};
+
+/// How many decisions the overview shows.
+const DECISIONS: usize = 5;
+
+pub(super) fn status(common: &Common, args: &Args) -> Result<(), Failure> {
+    let value = fetch(common)?;
+    let Some(name) = &args.name else {
+        if args.json {
+            return output::print_json(&value);
+        }
+        return output::print(&overview(&read(value)?, Painter::stdout()));
+    };
+    let model = find(&value, name)?;
+    if args.json {
+        return output::print_json(&model);
+    }
+    let model: Model = serde_json::from_value(model).map_err(unreadable)?;
+    output::print(&detail(&model, &read(value)?.decisions, Painter::stdout()))
+}
+
+pub(super) fn list(common: &Common, args: &List) -> Result<(), Failure> {
+    let value = fetch(common)?;
+    if args.json {
+        return output::print_json(value.get("models").unwrap_or(&Value::Array(Vec::new())));
+    }
+    output::print(&list_text(&read(value)?.models, Painter::stdout()))
+}
+
+/// The daemon's answer, as it came: what --json prints is not filtered through this version.
+fn fetch(common: &Common) -> Result<Value, Failure> {
+    let text = super::block_on(async {
+        let client = super::connect(common).await?;
+        Ok(client.manager().status().await.map_err(CallError::from)?)
+    })?;
+    serde_json::from_str(&text).map_err(unreadable)
+}
+
+fn read(value: Value) -> Result<Status, Failure> {
+    serde_json::from_value(value).map_err(unreadable)
+}
+
+fn unreadable(error: serde_json::Error) -> Failure {
+    CallError::Protocol(error.to_string()).into()
+}
+
+/// The entry of an instance, named so or by an alias of its model.
+fn find(status: &Value, name: &str) -> Result<Value, Failure> {
+    let models = status.get("models").and_then(Value::as_array);
+    let text = |model: &Value, key: &str| model.get(key).and_then(Value::as_str).map(str::to_owned);
+    let has_alias = |model: &Value| {
+        let aliases = model.get("aliases").and_then(Value::as_array);
+        aliases.is_some_and(|aliases| aliases.iter().any(|alias| alias.as_str() == Some(name)))
+    };
+    let by =
+        |test: &dyn Fn(&Value) -> bool| models.and_then(|models| models.iter().find(|m| test(m))).cloned();
+    by(&|model| text(model, "instance").as_deref() == Some(name)).or_else(|| by(&has_alias)).ok_or_else(
+        || {
+            Failure::new(Exit::Config, format!("there is no model '{name}'"))
+                .hint("'plimsoll list' shows the models that are configured")
+        },
+    )
+}
+
+/// Everything at a glance, 80 columns wide.
+fn overview(status: &Status, painter: Painter) -> String {
+    let mut out = String::new();
+    let mode = if status.mode == "enforce" { Style::Plain } else { Style::Yellow };
+    let _ = writeln!(out, "plimsolld {}, mode {}\n", status.version, painter.paint(mode, &status.mode));
+    out.push_str(&pools(status, painter));
+
+    let (shown, quiet): (Vec<&Model>, Vec<&Model>) =
+        status.models.iter().partition(|m| m.state != "inactive");
+    if shown.is_empty() {
+        out.push_str("\nNo model runs.\n");
+    } else {
+        out.push('\n');
+        out.push_str(&models(&shown, painter));
+        out.push_str("GiB, predicted/measured. MAPPED weights are pages of their files, HOST is private.\n");
+        if shown.iter().any(|m| m.pinned) {
+            out.push_str("* pinned: never evicted\n");
+        }
+        for model in shown.iter().filter(|m| !m.message.is_empty()) {
+            out.push_str(&wrap(&format!("{}: {}", model.instance, model.message), 2));
+        }
+    }
+    if !quiet.is_empty() {
+        let names: Vec<&str> = quiet.iter().map(|m| m.instance.as_str()).collect();
+        out.push_str(
+            &painter.paint(Style::Dim, wrap(&format!("Not running: {}", names.join(", ")), 2).trim_end()),
+        );
+        out.push('\n');
+    }
+    if !status.decisions.is_empty() {
+        let _ = writeln!(out, "\n{}", painter.paint(Style::Bold, "Last decisions"));
+        for decision in status.decisions.iter().take(DECISIONS) {
+            out.push_str(&decision_line(decision, painter));
+        }
+    }
+    for problem in &status.problems {
+        let _ = writeln!(out, "\n{} {problem}", painter.paint(Style::Red, "configuration:"));
+    }
+    out
+}
+
+fn plain(text: impl Into<String>) -> (String, Style) {
+    (text.into(), Style::Plain)
+}
+
+fn pools(status: &Status, painter: Painter) -> String {
+    let mut table = Table::new(&[
+        ("POOL (GiB)", Align::Left),
+        ("TOTAL", Align::Right),
+        ("FOR MODELS", Align::Right),
+        ("RESERVED", Align::Right),
+        ("MEASURED", Align::Right),
+        ("FREE", Align::Right),
+    ]);
+    for pool in &status.pools {
+        let low = pool.headroom_bytes < pool.capacity_bytes.per_mille(50);
+        table.row(vec![
+            plain(&pool.name),
+            plain(gib(pool.total_bytes)),
+            plain(gib(pool.capacity_bytes)),
+            plain(gib(pool.reserved_bytes)),
+            plain(gib(pool.measured_bytes)),
+            (gib(pool.headroom_bytes), if low { Style::Yellow } else { Style::Plain }),
+        ]);
+    }
+    let swap = status.swap;
+    let used = if swap.total_bytes.is_zero() { String::new() } else { gib(swap.used_bytes) };
+    let free = if used.is_empty() { used.clone() } else { gib(swap.total_bytes - swap.used_bytes) };
+    let total = if used.is_empty() { "none".to_owned() } else { gib(swap.total_bytes) };
+    table.row(vec![plain("swap"), plain(total), plain(""), plain(""), plain(used), plain(free)]);
+    table.render(painter)
+}
+
+/// `33.1/32.8`, or nothing where neither is known.
+fn against(predicted: Bytes, measured: Bytes) -> String {
+    if predicted.is_zero() && measured.is_zero() {
+        return "-".to_owned();
+    }
+    format!("{}/{}", gib(predicted), gib(measured))
+}
+
+fn context(model: &Model) -> String {
+    match (model.context, model.parallel) {
+        (0, _) => "-".to_owned(),
+        (context, 0 | 1) => context.to_string(),
+        (context, slots) => format!("{slots}x{}", context / slots),
+    }
+}
+
+fn state_style(state: &str) -> Style {
+    match state {
+        "running" => Style::Green,
+        "waiting" | "loading" | "stopping" => Style::Yellow,
+        "failed" => Style::Red,
+        _ => Style::Plain,
+    }
+}
+
+fn models(shown: &[&Model], painter: Painter) -> String {
+    let mut table = Table::new(&[
+        ("MODEL", Align::Left),
+        ("STATE", Align::Left),
+        ("PRIO", Align::Right),
+        ("CONTEXT", Align::Right),
+        ("MAPPED", Align::Right),
+        ("HOST", Align::Right),
+        ("GPU", Align::Right),
+    ]);
+    for model in shown {
+        let (p, m): (&Classes, &Classes) = (&model.predicted, &model.measured);
+        table.row(vec![
+            (model.instance.clone(), Style::Bold),
+            (model.state.clone(), state_style(&model.state)),
+            plain(format!("{}{}", model.priority, if model.pinned { "*" } else { "" })),
+            plain(context(model)),
+            plain(against(p.mapped_bytes, m.mapped_bytes)),
+            plain(against(p.private_bytes, m.private_bytes)),
+            plain(against(p.gpu_bytes, m.gpu_bytes)),
+        ]);
+    }
+    table.render(painter)
+}
+
+fn decision_line(decision: &Decision, painter: Painter) -> String {
+    let text = if decision.text.is_empty() {
+        format!("{} {}", decision.instance, decision.kind)
+    } else {
+        decision.text.clone()
+    };
+    let when = age(decision.at_msec);
+    let when = when.trim_start_matches(", ");
+    let kind = painter.paint(verdict_style(&decision.verdict), &decision.kind);
+    let head = if when.is_empty() { kind } else { format!("{kind} {when}") };
+    wrap(&format!("  {head}: {text}"), 4)
+}
+
+/// One model in full.
+fn detail(model: &Model, decisions: &[Decision], painter: Painter) -> String {
+    let mut out = String::new();
+    let _ = writeln!(
+        out,
+        "{}  {}",
+        painter.paint(Style::Bold, &model.instance),
+        painter.paint(state_style(&model.state), &model.state)
+    );
+    let mut line = |key: &str, value: &str| {
+        if !value.is_empty() {
+            let _ = writeln!(out, "  {key:<9} {value}");
+        }
+    };
+    line("message", &model.message);
+    line("priority", &format!("{}{}", model.priority, if model.pinned { ", pinned" } else { "" }));
+    if model.context > 0 {
+        let slots = model.parallel.max(1);
+        let mut text = model.context.to_string();
+        if slots > 1 {
+            let _ = write!(text, ", {slots} slots of {}", model.context / slots);
+        }
+        if model.context_configured > model.context {
+            let _ = write!(text, " (reduced from {})", model.context_configured);
+        }
+        line("context", &text);
+    }
+    line("address", &model.address);
+    line("process", &if model.pid == 0 { String::new() } else { model.pid.to_string() });
+    line("aliases", &model.aliases.join(", "));
+    line("modes", &model.modes.join(", "));
+    out.push('\n');
+    let mut table =
+        Table::new(&[("GiB", Align::Left), ("PREDICTED", Align::Right), ("MEASURED", Align::Right)]);
+    let (p, m) = (&model.predicted, &model.measured);
+    for (name, predicted, measured) in [
+        ("mapped weights", p.mapped_bytes, m.mapped_bytes),
+        ("host, private", p.private_bytes, m.private_bytes),
+        ("GPU", p.gpu_bytes, m.gpu_bytes),
+        ("total", p.total(), m.total()),
+        ("in swap", p.swapped_bytes, m.swapped_bytes),
+    ] {
+        if name != "in swap" || !measured.is_zero() {
+            table.row(vec![plain(name), plain(gib(predicted)), plain(gib(measured))]);
+        }
+    }
+    out.push_str(&table.render(painter));
+    let own: Vec<&Decision> =
+        decisions.iter().filter(|d| d.instance == model.instance).take(DECISIONS).collect();
+    if !own.is_empty() {
+        let _ = writeln!(out, "\n{}", painter.paint(Style::Bold, "Last decisions"));
+        own.iter().for_each(|decision| out.push_str(&decision_line(decision, painter)));
+    }
+    out
+}
+
+fn list_text(models: &[Model], painter: Painter) -> String {
+    if models.is_empty() {
+        return "No model is configured: put one into /etc/plimsoll/models.d/NAME.toml.\n".to_owned();
+    }
+    let mut table = Table::new(&[
+        ("MODEL", Align::Left),
+        ("STATE", Align::Left),
+        ("PRIO", Align::Right),
+        ("CONTEXT", Align::Right),
+        ("ADDRESS", Align::Left),
+        ("ALIASES", Align::Left),
+        ("MODES", Align::Left),
+    ]);
+    for model in models {
+        table.row(vec![
+            (model.instance.clone(), Style::Bold),
+            (model.state.clone(), state_style(&model.state)),
+            plain(format!("{}{}", model.priority, if model.pinned { "*" } else { "" })),
+            plain(context(model)),
+            plain(&model.address),
+            plain(model.aliases.join(",")),
+            plain(model.modes.join(",")),
+        ]);
+    }
+    table.render(painter)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dbus::report::{Pool, Swap};
+
+    fn sample() -> Status {
+        let model = |name: &str, state: &str| Model {
+            name: name.into(),
+            instance: name.into(),
+            state: state.into(),
+            priority: 50,
+            context: 65536,
+            parallel: 4,
+            predicted: Classes {
+                mapped_bytes: Bytes::gib(33),
+                private_bytes: Bytes::gib(4),
+                gpu_bytes: Bytes::ZERO,
+                swapped_bytes: Bytes::ZERO,
+            },
+            measured: Classes { mapped_bytes: Bytes::gib(32), ..Classes::default() },
+            aliases: vec!["flash".into()],
+            ..Model::default()
+        };
+        Status {
+            version: "0.1.0".into(),
+            mode: "enforce".into(),
+            pools: vec![Pool {
+                name: "memory".into(),
+                total_bytes: Bytes::gib(128),
+                capacity_bytes: Bytes::gib(118),
+                reserved_bytes: Bytes::gib(37),
+                measured_bytes: Bytes::gib(36),
+                headroom_bytes: Bytes::gib(81),
+            }],
+            swap: Swap { total_bytes: Bytes::gib(8), used_bytes: Bytes::gib(1) },
+            models: vec![
+                Model { pinned: true, ..model("glm-flash", "running") },
+                model("deepseek", "inactive"),
+            ],
+            decisions: vec![Decision {
+                kind: "refuse".into(),
+                instance: "deepseek".into(),
+                verdict: "refused".into(),
+                text: "deepseek was refused: at context 65536 it needs 174.0 GiB of memory, 81.0 GiB is free"
+                    .into(),
+                ..Decision::default()
+            }],
+            problems: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_overview_is_readable_at_80_columns() {
+        let text = overview(&sample(), Painter::plain());
+        let expected = "\
+plimsolld 0.1.0, mode enforce
+
+POOL (GiB)  TOTAL  FOR MODELS  RESERVED  MEASURED  FREE
+memory      128.0       118.0      37.0      36.0  81.0
+swap          8.0                             1.0   7.0
+
+MODEL      STATE    PRIO  CONTEXT     MAPPED     HOST  GPU
+glm-flash  running   50*  4x16384  33.0/32.0  4.0/0.0    -
+GiB, predicted/measured. MAPPED weights are pages of their files, HOST is private.
+* pinned: never evicted
+Not running: deepseek
+
+Last decisions
+  refuse: deepseek was refused: at context 65536 it needs 174.0 GiB of memory,
+    81.0 GiB is free
+";
+        assert_eq!(text, expected);
+        assert!(text.lines().all(|line| line.chars().count() <= 82));
+    }
+
+    #[test]
+    fn one_model_in_full() {
+        let status = sample();
+        let text = detail(&status.models[0], &status.decisions, Painter::plain());
+        assert!(text.contains("  context   65536, 4 slots of 16384\n"), "{text}");
+        assert!(text.contains("total                37.0      32.0\n"), "{text}");
+        assert!(!text.contains("Last decisions"));
+    }
+
+    #[test]
+    fn names_and_aliases_find_a_model() {
+        let value = serde_json::to_value(sample()).unwrap();
+        let name = |found: Value| found["instance"].as_str().map(str::to_owned);
+        assert_eq!(name(find(&value, "deepseek").unwrap()), Some("deepseek".into()));
+        assert_eq!(name(find(&value, "flash").unwrap()), Some("glm-flash".into()));
+        assert_eq!(find(&value, "nobody").unwrap_err().exit, Exit::Config);
+    }
+
+    #[test]
+    fn an_older_or_newer_daemon_is_understood() {
+        let status = read(serde_json::json!({"mode": "enforce", "of-the-future": [1]})).unwrap();
+        assert!(overview(&status, Painter::plain()).contains("No model runs."));
+    }
+}

@@ -1,0 +1,314 @@
+//! `plimsoll wait-ready`: holds `systemctl start` until the model answers.
+//!
+//! There is no limit on how long a load takes, only on how long nothing moves. systemd's own
+//! time-out is pushed ahead for as long as this process is content.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::args::WaitReady;
+use super::failure::{Exit, Failure};
+use super::notify::Notify;
+use super::process::{Process, Stage};
+use crate::config::{self, Instance, Model};
+
+/// How often systemd is asked for more time.
+const EXTEND_EVERY: Duration = Duration::from_secs(5);
+/// What it is asked for beyond the time that may pass without movement.
+const EXTEND_MARGIN: Duration = Duration::from_secs(30);
+/// How long the engine may take to accept a connection, or to answer on it.
+const HTTP_TIMEOUT: Duration = Duration::from_secs(2);
+/// How much of an answer is read.
+const LONGEST_REPLY: usize = 8192;
+
+pub(super) fn wait_ready(args: &WaitReady) -> Result<Exit, Failure> {
+    let loaded = config::load(&args.root.root);
+    let (instance, model) =
+        loaded.instance(&args.instance).map_err(|error| Failure::config(error.to_string()))?;
+    let pid = std::env::var("MAINPID").ok().and_then(|pid| pid.parse().ok()).ok_or_else(|| {
+        Failure::usage("MAINPID is not set").hint("wait-ready belongs into ExecStartPost= of a unit")
+    })?;
+    let endpoint = Endpoint::of(&instance, model)?;
+    let Some(process) = Process::find(Path::new("/"), pid) else {
+        // Refused or broken within the first moments: it has said why itself.
+        return Ok(Exit::Failed);
+    };
+    wait(&process, &endpoint, model.stall_timeout, &Notify::from_env())
+}
+
+/// Waits for `endpoint` to answer. `Exit::Failed` without a word when the process ended at the
+/// gate, for then it has said why itself.
+fn wait(process: &Process, endpoint: &Endpoint, stall: Duration, notify: &Notify) -> Result<Exit, Failure> {
+    let started = Instant::now();
+    let mut moved = Instant::now();
+    let mut extended: Option<Instant> = None;
+    let mut seen = process.movement();
+    let mut at_gate = true;
+    let mut last = Answer::Nothing;
+    loop {
+        let stage = process.stage();
+        match stage {
+            Stage::Gone if at_gate => return Ok(Exit::Failed),
+            Stage::Gone => {
+                return Err(Failure::failed("the engine ended before it answered")
+                    .hint("its own messages stand above, and in 'journalctl -u' with the unit's name"));
+            }
+            Stage::Gate => moved = Instant::now(),
+            Stage::Engine => {
+                at_gate = false;
+                last = endpoint.ask();
+                if last == Answer::Ready {
+                    notify.status(&format!("ready at {}", endpoint.name));
+                    return Ok(Exit::Done);
+                }
+                let now = process.movement();
+                if now.differs(&seen) {
+                    seen = now;
+                    moved = Instant::now();
+                }
+            }
+        }
+        if moved.elapsed() >= stall {
+            return Err(stalled(endpoint, stall, last));
+        }
+        if extended.is_none_or(|at| at.elapsed() >= EXTEND_EVERY) {
+            extended = Some(Instant::now());
+            notify.extend_timeout(stall + EXTEND_MARGIN);
+            if stage == Stage::Engine {
+                notify.status(&format!("loading: {} in memory, {} read", seen.resident, seen.read));
+            }
+        }
+        std::thread::sleep(pause(started.elapsed()));
+    }
+}
+
+fn stalled(endpoint: &Endpoint, stall: Duration, last: Answer) -> Failure {
+    let heard = match last {
+        Answer::Status(code) => format!("answers {code}"),
+        Answer::Nothing | Answer::Ready => "does not answer".to_owned(),
+    };
+    let message = format!("nothing has moved for {} s, and {} {heard}", stall.as_secs(), endpoint.name);
+    let failure = Failure::failed(message);
+    match last {
+        Answer::Status(404) => failure.hint("set health-path to a path that the engine answers with 200"),
+        _ => failure.hint("a load that is only slow needs a longer stall-timeout in its configuration"),
+    }
+}
+
+/// Between two looks: short while a small model loads, longer for a large one.
+fn pause(waited: Duration) -> Duration {
+    match waited.as_secs() {
+        0..5 => Duration::from_millis(50),
+        5..60 => Duration::from_millis(250),
+        _ => Duration::from_secs(1),
+    }
+}
+
+/// Where the engine answers.
+#[derive(Debug)]
+struct Endpoint {
+    /// For people.
+    name: String,
+    target: Target,
+    /// What is asked for; without one a connection is answer enough.
+    path: Option<String>,
+}
+
+#[derive(Debug)]
+enum Target {
+    Tcp(SocketAddr),
+    Unix(String),
+}
+
+/// What was heard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    /// No connection, or nothing that makes sense.
+    Nothing,
+    /// Some other status than 200, 503 while it loads.
+    Status(u16),
+    /// It is ready.
+    Ready,
+}
+
+impl Endpoint {
+    fn of(instance: &Instance, model: &Model) -> Result<Self, Failure> {
+        let path = model.health_path.clone();
+        // llama-server takes a host that ends so for the path of a socket.
+        if model.host.ends_with(".sock") {
+            return Ok(Self { name: model.host.clone(), target: Target::Unix(model.host.clone()), path });
+        }
+        let offset = u16::from(instance.number).saturating_sub(1);
+        let port = model.port.checked_add(offset).ok_or_else(|| {
+            Failure::config(format!(
+                "{instance} would need port {}",
+                u32::from(model.port) + u32::from(offset)
+            ))
+        })?;
+        let name = format!("{}:{port}", model.host);
+        let address = (model.host.as_str(), port)
+            .to_socket_addrs()
+            .ok()
+            .and_then(|mut addresses| addresses.next())
+            .ok_or_else(|| Failure::config(format!("host '{}' is no address of this machine", model.host)))?;
+        Ok(Self { name, target: Target::Tcp(reachable(address)), path })
+    }
+
+    fn ask(&self) -> Answer {
+        match &self.target {
+            Target::Tcp(address) => TcpStream::connect_timeout(address, HTTP_TIMEOUT)
+                .and_then(|stream| {
+                    stream.set_read_timeout(Some(HTTP_TIMEOUT))?;
+                    stream.set_write_timeout(Some(HTTP_TIMEOUT))?;
+                    Ok(stream)
+                })
+                .map_or(Answer::Nothing, |stream| self.talk(stream)),
+            Target::Unix(path) => UnixStream::connect(path)
+                .and_then(|stream| {
+                    stream.set_read_timeout(Some(HTTP_TIMEOUT))?;
+                    stream.set_write_timeout(Some(HTTP_TIMEOUT))?;
+                    Ok(stream)
+                })
+                .map_or(Answer::Nothing, |stream| self.talk(stream)),
+        }
+    }
+
+    fn talk(&self, mut stream: impl Read + Write) -> Answer {
+        let Some(path) = &self.path else { return Answer::Ready };
+        let request = format!(
+            "GET {path} HTTP/1.1\r\nHost: {}\r\nUser-Agent: plimsoll\r\nConnection: close\r\n\r\n",
+            self.name
+        );
+        if stream.write_all(request.as_bytes()).is_err() {
+            return Answer::Nothing;
+        }
+        // The status line is all that is looked at; the rest is read so that the engine's answer is
+        // not cut off, within bounds.
+        let deadline = Instant::now() + HTTP_TIMEOUT;
+        let mut reply = Vec::new();
+        let mut part = [0; 1024];
+        while reply.len() < LONGEST_REPLY && Instant::now() < deadline {
+            match stream.read(&mut part) {
+                Ok(0) | Err(_) => break,
+                Ok(read) => reply.extend_from_slice(&part[..read]),
+            }
+        }
+        answer(&reply)
+    }
+}
+
+/// What a reply says: `HTTP/1.1 200 OK` and so on.
+fn answer(reply: &[u8]) -> Answer {
+    // A TLS alert: it speaks, but not to us. Better taken for ready than never.
+    if reply.starts_with(&[0x15, 0x03]) {
+        return Answer::Ready;
+    }
+    let status = reply
+        .strip_prefix(b"HTTP/1.")
+        .and_then(|rest| rest.get(2..5))
+        .and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok());
+    match status {
+        Some(200) => Answer::Ready,
+        Some(status) => Answer::Status(status),
+        None => Answer::Nothing,
+    }
+}
+
+/// An engine that listens everywhere is asked on the loopback.
+fn reachable(mut address: SocketAddr) -> SocketAddr {
+    match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => address.set_ip(Ipv4Addr::LOCALHOST.into()),
+        IpAddr::V6(ip) if ip.is_unspecified() => address.set_ip(Ipv6Addr::LOCALHOST.into()),
+        _ => {}
+    }
+    address
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn status_lines_are_understood() {
+        assert_eq!(answer(b"HTTP/1.1 200 "), Answer::Ready);
+        assert_eq!(answer(b"HTTP/1.0 503 "), Answer::Status(503));
+        assert_eq!(answer(b"\x15\x03\x01\x00\x02\x02\x16"), Answer::Ready);
+        for nothing in [&b""[..], b"HTTP/1.1", b"SSH-2.0-x", b"HTTP/1.1 xyz ", b"\xff\xff"] {
+            assert_eq!(answer(nothing), Answer::Nothing, "{nothing:?}");
+        }
+    }
+
+    #[test]
+    fn an_engine_is_asked_for_its_health() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let engine = std::thread::spawn(move || {
+            let mut requests = Vec::new();
+            for status in ["503 Service Unavailable", "200 OK"] {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = [0; 256];
+                let read = stream.read(&mut request).unwrap();
+                requests.push(String::from_utf8_lossy(&request[..read]).into_owned());
+                write!(stream, "HTTP/1.1 {status}\r\n\r\n{{}}").unwrap();
+            }
+            requests
+        });
+        let endpoint = Endpoint {
+            name: address.to_string(),
+            target: Target::Tcp(address),
+            path: Some("/health".into()),
+        };
+        assert_eq!(endpoint.ask(), Answer::Status(503));
+        assert_eq!(endpoint.ask(), Answer::Ready);
+        let requests = engine.join().unwrap();
+        assert!(
+            requests[0].starts_with(&format!("GET /health HTTP/1.1\r\nHost: {address}\r\n")),
+            "{requests:?}"
+        );
+        // Nobody listens any more.
+        assert_eq!(endpoint.ask(), Answer::Nothing);
+    }
+
+    #[test]
+    fn everywhere_is_asked_on_the_loopback() {
+        let of = |text: &str| reachable(text.parse().unwrap()).to_string();
+        assert_eq!(of("0.0.0.0:80"), "127.0.0.1:80");
+        assert_eq!(of("[::]:80"), "[::1]:80");
+        assert_eq!(of("192.0.2.1:80"), "192.0.2.1:80");
+    }
+
+    #[test]
+    fn a_process_that_ended_at_the_gate_has_spoken_for_itself() {
+        let endpoint =
+            Endpoint { name: "x".into(), target: Target::Unix("/nowhere.sock".into()), path: None };
+        let root = tempdir("gone");
+        crate::cli::process::tests::write_process(&root, 7, "S", &["/usr/bin/plimsoll", "run", "x"]);
+        let process = Process::find(&root, 7).unwrap();
+        crate::cli::process::tests::write_process(&root, 7, "Z", &[]);
+        let ended = wait(&process, &endpoint, Duration::from_secs(60), &Notify::from_env());
+        assert_eq!(ended, Ok(Exit::Failed));
+        std::fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn what_does_not_move_fails_and_says_so() {
+        let endpoint =
+            Endpoint { name: "x".into(), target: Target::Unix("/nowhere.sock".into()), path: None };
+        let root = tempdir("stalled");
+        crate::cli::process::tests::write_process(&root, 7, "S", &["/usr/bin/llama-server"]);
+        let process = Process::find(&root, 7).unwrap();
+        let failure = wait(&process, &endpoint, Duration::ZERO, &Notify::from_env()).unwrap_err();
+        assert_eq!(failure.message, "nothing has moved for 0 s, and x does not answer");
+        std::fs::remove_dir_all(root).unwrap();
+    }
+
+    fn tempdir(name: &str) -> std::path::PathBuf {
+        let path = std::env::temp_dir().join(format!("plimsoll-wait-ready-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        path
+    }
+}
