@@ -8,6 +8,7 @@
 pub mod bytes;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod dbus;
 pub mod engine;
 pub mod fit;

@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::PathBuf;
 
-use crate::config::{Instance, ModelName};
+use crate::bytes::Bytes;
+use crate::config::{Instance, ModelName, NameError};
 use crate::ledger::{Gpu, Machine};
 use crate::policy::core::Effect;
-use crate::policy::{ActionId, Outcome, Refusal, Request};
+use crate::policy::{ActionId, Mode, Outcome, Peers, Refusal, Request};
 
 /// Where the outcome of an effect goes, from whatever task or thread it ends in.
 pub type Outcomes = Box<dyn Fn(ActionId, Outcome) + Send>;
@@ -36,6 +37,57 @@ pub trait Catalog: Send + Sync {
     /// Every configured model.
     fn models(&self) -> Vec<ModelInfo>;
 
+    /// The instance that `text` means: `NAME`, `NAME@2`, or an alias in place of the name.
+    ///
+    /// # Errors
+    /// A sentence: there is no such model, or its configuration is wrong.
+    fn resolve(&self, text: &str) -> Result<Instance, CatalogError> {
+        let asked: Instance =
+            text.parse().map_err(|error: NameError| CatalogError::NotFound(error.to_string()))?;
+        let known = self.models().into_iter().filter_map(|model| model.name).any(|name| name == asked.model);
+        if known {
+            Ok(asked)
+        } else {
+            Err(CatalogError::NotFound(format!("there is no model '{}'", asked.model)))
+        }
+    }
+
+    /// The rules and priorities of the configuration as it is now; none where they never change.
+    fn rulebook(&self) -> Option<Rulebook> {
+        None
+    }
+
+    /// Reads the configuration again; returns every problem found in it, one sentence each.
+    fn reload(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// What a model would take at each of `contexts` (none: at the configured one), as the JSON of
+    /// `plimsoll fit`.
+    ///
+    /// # Errors
+    /// As [`Catalog::request`].
+    fn fit(&self, wish: &Wish, contexts: &[u64], machine: &Machine) -> Result<String, CatalogError> {
+        let _ = (wish, contexts, machine);
+        Err(CatalogError::Config("this machine has no estimates to show".to_owned()))
+    }
+
+    /// The same for files that a caller has opened, all shards of one model; the names are labels.
+    /// `arguments` are the engine's.
+    ///
+    /// # Errors
+    /// As [`Catalog::request`].
+    fn fit_files(
+        &self,
+        files: Vec<(PathBuf, File)>,
+        arguments: &[String],
+        contexts: &[u64],
+        machine: &Machine,
+    ) -> Result<String, CatalogError> {
+        let _ = (files, arguments, contexts, machine);
+        Err(CatalogError::Config("this machine has no estimates to show".to_owned()))
+    }
+
     /// What is asked of the decisions when `wish` is granted.
     ///
     /// # Errors
@@ -47,6 +99,21 @@ pub trait Catalog: Send + Sync {
     /// # Errors
     /// A sentence on what is wrong with the engine's configuration.
     fn launch(&self, wish: &Wish, context: u64, gpus: &[Gpu]) -> Result<Launch, CatalogError>;
+}
+
+/// What the configuration says to the decisions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rulebook {
+    /// Whether decisions are carried out.
+    pub mode: Mode,
+    /// Memory kept for the system; none: by the size of the machine.
+    pub reserve: Option<Bytes>,
+    /// What an explicit start may do to its equals.
+    pub peers: Peers,
+    /// The priority of each model.
+    pub priorities: BTreeMap<ModelName, u8>,
+    /// What is wrong with the configuration, one sentence each.
+    pub problems: Vec<String>,
 }
 
 /// What the daemon shows of a configured model.

@@ -1,3 +1,31 @@
 //! The root daemon: see `plimsolld --help`.
 
-fn main() {}
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Decides which large language models may hold memory. Normally started by systemd.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Serve the simulated machine of a scenario file on a private bus; needs no root. Prints
+    /// PLIMSOLL_BUS_ADDRESS=..., which `plimsoll` then takes from its environment
+    #[arg(long, value_name = "FILE")]
+    simulate: Option<PathBuf>,
+    /// Serve on the bus at this address
+    #[arg(long, value_name = "ADDRESS")]
+    bus: Option<String>,
+    /// Read the configuration, /proc and /sys below this directory
+    #[arg(long, value_name = "DIRECTORY", default_value = "/")]
+    root: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let bus = arguments.bus.as_deref();
+    match arguments.simulate {
+        Some(scenario) => plimsoll::dbus::server::run(plimsoll::dbus::simulated::simulate(&scenario, bus)),
+        None => plimsoll::dbus::server::run(plimsoll::dbus::server::serve(&arguments.root, bus)),
+    }
+}

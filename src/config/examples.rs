@@ -94,21 +94,6 @@ fn what_is_commented_out_is_the_default() {
 }
 
 #[test]
-fn the_readme_shows_a_model_that_works() {
-    let readme = include_str!("../../README.md");
-    let blocks: Vec<_> =
-        readme.split("```toml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
-    assert!(!blocks.is_empty());
-    for block in blocks {
-        if block.contains("models.d/") {
-            model(block);
-        } else {
-            settings(block);
-        }
-    }
-}
-
-#[test]
 fn the_list_of_keys_is_the_one_that_is_read() {
     let mut problems = Vec::new();
     let name = "example".parse().unwrap();

@@ -5,7 +5,7 @@
 //! the file key by key, in the order of their names over all three directories.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -48,12 +48,7 @@ impl<'a> Sources<'a> {
         for directory in DIRECTORIES {
             let logical = Path::new("/").join(directory).join(below);
             let entries = match fs::read_dir(self.real(&logical)) {
-                Ok(entries) => {
-                    if let Ok(about) = fs::metadata(self.real(&logical)) {
-                        self.permissions(&logical, &about, problems);
-                    }
-                    entries
-                }
+                Ok(entries) => entries,
                 Err(error) => {
                     if !absent(&error) {
                         problems.push(unreadable(&logical, &error));
@@ -146,18 +141,11 @@ impl<'a> Sources<'a> {
         if !about.is_file() {
             return Err(Problem::error(Place::file(logical), "is not a regular file"));
         }
-        self.permissions(logical, &about, problems);
-        bounded(&file, logical)
-    }
-
-    /// Warns of permissions that are too wide or too narrow.
-    fn permissions(&self, logical: &Path, about: &Metadata, problems: &mut Vec<Problem>) {
         // Below another root (a package being built, a test) the files are the builder's.
         if self.root == Path::new("/") {
-            let (uid, gid, mode) = (about.uid(), about.gid(), about.mode());
-            problems.extend(open_to_others(logical, uid, gid, mode));
-            problems.extend(closed_to_units(logical, about.is_dir(), gid, mode));
+            problems.extend(open_to_others(logical, about.uid(), about.gid(), about.mode()));
         }
+        bounded(&file, logical)
     }
 }
 
@@ -178,26 +166,18 @@ fn bounded(file: &File, logical: &Path) -> Result<String, Problem> {
 
 /// A warning when somebody else than root could change the file: the daemon acts on it as root.
 fn open_to_others(logical: &Path, uid: u32, gid: u32, mode: u32) -> Option<Problem> {
-    let warn = |message: String, hint: &str| Some(Problem::warning(Place::file(logical), message).hint(hint));
+    let warn = |message: String, hint: &str| {
+        Some(Problem::warning(Place::file(logical), message).hint(hint.to_owned()))
+    };
     if uid != 0 {
-        warn(format!("belongs to user {uid}, who can change it"), "chown root")
+        warn(format!("belongs to user {uid}, who can change it"), "chown it to root")
     } else if mode & 0o002 != 0 {
-        warn("can be changed by everyone".to_owned(), "chmod go-w")
+        warn("can be changed by everyone".to_owned(), "chmod it to 0644")
     } else if mode & 0o020 != 0 && gid != 0 {
-        warn(format!("can be changed by group {gid}"), "chmod go-w")
+        warn(format!("can be changed by group {gid}"), "chmod it to 0644")
     } else {
         None
     }
-}
-
-/// A warning when the units of models can't read the file, since each reads its own configuration.
-/// (A group other than root's may be theirs.)
-fn closed_to_units(logical: &Path, directory: bool, gid: u32, mode: u32) -> Option<Problem> {
-    let (everyone, group) = if directory { (0o005, 0o050) } else { (0o004, 0o040) };
-    let open = mode & everyone == everyone || (gid != 0 && mode & group == group);
-    let message = "can't be read by the units of models, which run as plimsoll-llm";
-    let hint = "chmod a+rX: secrets belong into files of their own";
-    (!open).then(|| Problem::warning(Place::file(logical), message).hint(hint))
 }
 
 fn unreadable(logical: &Path, error: &io::Error) -> Problem {
@@ -230,24 +210,6 @@ mod tests {
             (1000, 0, 0o100_600, true),
         ] {
             assert_eq!(open_to_others(file, uid, gid, mode).is_some(), warned, "{uid} {gid} {mode:o}");
-        }
-    }
-
-    #[test]
-    fn warns_of_files_that_units_can_not_read() {
-        let file = Path::new("/etc/plimsoll/models.d");
-        for (directory, gid, mode, warned) in [
-            (false, 0, 0o100_644, false),
-            (false, 0, 0o100_640, true),
-            (false, 990, 0o100_640, false),
-            (false, 990, 0o100_600, true),
-            (true, 0, 0o040_755, false),
-            (true, 0, 0o040_750, true),
-            (true, 990, 0o040_750, false),
-            (true, 0, 0o040_744, true),
-        ] {
-            let found = closed_to_units(file, directory, gid, mode);
-            assert_eq!(found.is_some(), warned, "{directory} {gid} {mode:o}");
         }
     }
 }

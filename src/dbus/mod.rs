@@ -1,10 +1,15 @@
 //! The bus: names, wire types, client proxies and error names of `org.plimsoll1`.
 
+pub mod authorize;
 pub mod client;
 pub mod error;
+mod peer;
 pub mod proxy;
-pub mod report;
+pub mod server;
+pub mod service;
+pub mod simulated;
 
+pub use crate::daemon::report;
 pub use client::Client;
 pub use error::{CallError, Error, Kind};
 

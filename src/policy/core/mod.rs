@@ -270,6 +270,12 @@ impl Core {
         &self.pins
     }
 
+    /// Everything that has to survive a restart of the daemon, as it is now.
+    #[must_use]
+    pub fn saved(&self) -> Saved {
+        self.to_save()
+    }
+
     /// Instances that wait for a decision, and what each was told.
     pub fn waiting(&self) -> impl Iterator<Item = (&Instance, &str)> {
         let active = self.active.as_ref().map(|active| &active.pending);

@@ -1,0 +1,305 @@
+//! What the bus talks to: calls that become inputs of the daemon's loop, and come back answered.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use super::input::{Command, Input};
+use super::jobs::{Job, JobKind};
+use super::report::Status;
+use crate::config::Instance;
+use crate::ledger::Machine;
+use crate::policy::{Decision, Mode, Refusal};
+use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Wish};
+
+/// Reading calls that are worked on at a time; each may read files.
+const READERS: usize = 2;
+/// Reading calls that wait beyond those.
+const READERS_WAITING: usize = 64;
+
+/// Why a call has no result. Each is one sentence.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// The decisions refused it.
+    #[error("{0}")]
+    Refused(Box<Refusal>),
+    /// The model, its files or the wish are wrong.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// The caller is not the main process of that instance's unit.
+    #[error("{0}")]
+    NotTheUnit(String),
+    /// Something else has to end first.
+    #[error("{0}")]
+    Busy(String),
+    /// Anything else.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// The main process of a unit at the gate, proven to be that.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asker {
+    /// The instance whose unit it is.
+    pub instance: Instance,
+    /// InvocationID of the unit.
+    pub invocation: String,
+    /// A person started it: the machine is not booting, and it is not a restart after a crash.
+    pub explicit: bool,
+}
+
+/// The process at the other end of a call, as the bus vouches for it.
+#[derive(Debug)]
+pub struct Peer {
+    /// Its id.
+    pub pid: u32,
+    /// A descriptor of it, where the bus has one.
+    pub pidfd: Option<OwnedFd>,
+}
+
+/// The outcome of [`Asking::prove`], later.
+pub type Proof<'a> = Pin<Box<dyn Future<Output = Result<Asker, Fault>> + Send + 'a>>;
+
+/// Proves who asks at the gate.
+pub trait Asking: Send + Sync {
+    /// Whether `peer` is the main process of `instance`'s unit; if so, what the daemon has to know
+    /// of its start.
+    fn prove(&self, peer: Peer, instance: Instance) -> Proof<'_>;
+}
+
+/// How a model is to be loaded, once.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Another context than the configured one; tokens.
+    pub context: Option<u64>,
+    /// Models that may be stopped for it whatever their priority.
+    pub instead_of: BTreeSet<Instance>,
+    /// Load it whatever the arithmetic says.
+    pub force: bool,
+}
+
+/// The daemon, for those who call it.
+#[derive(Clone)]
+pub struct Handle {
+    inputs: mpsc::UnboundedSender<Input>,
+    catalog: Arc<dyn Catalog>,
+    latest: Arc<Mutex<Arc<Machine>>>,
+    readers: Arc<Semaphore>,
+    waiting_readers: Arc<Semaphore>,
+    jobs: Arc<AtomicU32>,
+}
+
+impl Handle {
+    pub(super) fn new(
+        inputs: mpsc::UnboundedSender<Input>,
+        catalog: Arc<dyn Catalog>,
+        latest: Arc<Mutex<Arc<Machine>>>,
+    ) -> Self {
+        Self {
+            inputs,
+            catalog,
+            latest,
+            readers: Arc::new(Semaphore::new(READERS)),
+            waiting_readers: Arc::new(Semaphore::new(READERS_WAITING)),
+            jobs: Arc::new(AtomicU32::new(0)),
+        }
+    }
+
+    /// The gate: returns once there is room.
+    ///
+    /// # Errors
+    /// The refusal, or what is wrong with the model.
+    pub async fn admit(
+        &self,
+        asker: Asker,
+        files: Vec<(PathBuf, File)>,
+        environment: BTreeMap<String, String>,
+    ) -> Result<Launch, Fault> {
+        self.call(|reply| Command::Admit { asker, files, environment, reply }).await?
+    }
+
+    /// What loading would do now. Changes nothing.
+    ///
+    /// # Errors
+    /// There is no such model, or something is wrong with it.
+    pub async fn plan(&self, instance: String, context: Option<u64>) -> Result<Decision, Fault> {
+        let gpus = self.machine().gpus.clone();
+        let request = self
+            .read(move |catalog| {
+                let instance = Some(catalog.resolve(&instance)?);
+                catalog.request(&Wish { instance, context, explicit: true, ..Wish::default() }, &gpus)
+            })
+            .await??;
+        self.call(|reply| Command::Plan(Box::new(request), reply)).await
+    }
+
+    /// What a model takes at each of `contexts`, as JSON.
+    ///
+    /// # Errors
+    /// There is no such model, or something is wrong with it.
+    pub async fn fit(&self, name: String, contexts: Vec<u64>) -> Result<String, Fault> {
+        let machine = self.machine();
+        let fit = move |catalog: &dyn Catalog| {
+            let instance = Some(catalog.resolve(&name)?);
+            catalog.fit(&Wish { instance, ..Wish::default() }, &contexts, &machine)
+        };
+        Ok(self.read(fit).await??)
+    }
+
+    /// The same for files that the caller has opened; the names are labels.
+    ///
+    /// # Errors
+    /// Something is wrong with the files or the arguments.
+    pub async fn fit_files(
+        &self,
+        files: Vec<(PathBuf, File)>,
+        arguments: Vec<String>,
+        contexts: Vec<u64>,
+    ) -> Result<String, Fault> {
+        let machine = self.machine();
+        let fit = move |catalog: &dyn Catalog| catalog.fit_files(files, &arguments, &contexts, &machine);
+        Ok(self.read(fit).await??)
+    }
+
+    /// Checks what a load needs and numbers its job, which [`Handle::begin_load`] begins.
+    ///
+    /// # Errors
+    /// There is no such model, or something is wrong with it.
+    pub async fn prepare_load(
+        &self,
+        instance: String,
+        context: Option<u64>,
+        instead_of: Vec<String>,
+        force: bool,
+    ) -> Result<(Job, LoadOptions), Fault> {
+        let gpus = self.machine().gpus.clone();
+        let check = move |catalog: &dyn Catalog| {
+            let instance = catalog.resolve(&instance)?;
+            let others: Result<BTreeSet<Instance>, _> =
+                instead_of.iter().map(|other| catalog.resolve(other)).collect();
+            let wish = Wish { instance: Some(instance.clone()), context, ..Wish::default() };
+            catalog.request(&wish, &gpus)?;
+            Ok::<_, CatalogError>((instance, LoadOptions { context, instead_of: others?, force }))
+        };
+        let (instance, options) = self.read(check).await??;
+        Ok((self.job(instance, JobKind::Load), options))
+    }
+
+    /// Begins a job that [`Handle::prepare_load`] made.
+    pub fn begin_load(&self, job: Job, options: LoadOptions) {
+        self.send(Command::Load(job, options));
+    }
+
+    /// Numbers the job of an unload. What runs may be stopped even where its configuration is gone.
+    ///
+    /// # Errors
+    /// The name makes no sense.
+    pub async fn prepare_unload(&self, instance: String) -> Result<Job, Fault> {
+        let instance = self.name(instance).await?;
+        Ok(self.job(instance, JobKind::Unload))
+    }
+
+    /// Begins a job that [`Handle::prepare_unload`] made.
+    pub fn begin_unload(&self, job: Job) {
+        self.send(Command::Unload(job));
+    }
+
+    /// Never evict a model, or allow it again.
+    ///
+    /// # Errors
+    /// There is no such model.
+    pub async fn pin(&self, instance: String, pinned: bool) -> Result<(), Fault> {
+        let instance = self.name(instance).await?;
+        self.call(|reply| Command::Pin(instance, pinned, reply)).await
+    }
+
+    /// Everything that is shown of the daemon.
+    ///
+    /// # Errors
+    /// The daemon is overrun with calls, or ending.
+    pub async fn status(&self) -> Result<Status, Fault> {
+        let look = |catalog: &dyn Catalog| (catalog.models(), catalog.rulebook());
+        let (models, rules): (Vec<ModelInfo>, _) = self.read(look).await?;
+        let problems = rules.as_ref().map(|rules| rules.problems.clone()).unwrap_or_default();
+        if let Some(rules) = rules {
+            let _ = self.inputs.send(Input::Rules(Box::new(rules)));
+        }
+        self.call(|reply| Command::Status(models, problems, reply)).await
+    }
+
+    /// The last decision on an instance; none where nothing was decided yet.
+    ///
+    /// # Errors
+    /// The name makes no sense.
+    pub async fn explain(&self, instance: String) -> Result<Option<Decision>, Fault> {
+        let instance = self.name(instance).await?;
+        self.call(|reply| Command::Explain(instance, reply)).await
+    }
+
+    /// Reads the configuration again; returns what is wrong with it.
+    ///
+    /// # Errors
+    /// The daemon is overrun with calls, or ending.
+    pub async fn reload(&self) -> Result<Vec<String>, Fault> {
+        let problems = self.read(|catalog| catalog.reload()).await?;
+        let _ = self.inputs.send(Input::Reload);
+        Ok(problems)
+    }
+
+    /// Enforce or observe, until the configuration is read again.
+    ///
+    /// # Errors
+    /// The daemon is ending.
+    pub async fn set_mode(&self, mode: Mode) -> Result<(), Fault> {
+        self.call(|reply| Command::SetMode(mode, reply)).await
+    }
+
+    /// The machine as it was read last.
+    fn machine(&self) -> Arc<Machine> {
+        Arc::clone(&self.latest.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn job(&self, instance: Instance, kind: JobKind) -> Job {
+        Job { number: self.jobs.fetch_add(1, Ordering::Relaxed).wrapping_add(1), instance, kind }
+    }
+
+    /// The instance that a text means; what only looks like a name will do where nothing is
+    /// configured under it (any more).
+    async fn name(&self, text: String) -> Result<Instance, Fault> {
+        let resolve = move |catalog: &dyn Catalog| match catalog.resolve(&text) {
+            Ok(instance) => Ok(instance),
+            Err(error) => text.parse().map_err(|_| error),
+        };
+        Ok(self.read(resolve).await??)
+    }
+
+    /// Works something out on another thread, a few at a time.
+    async fn read<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&dyn Catalog) -> T + Send + 'static,
+    ) -> Result<T, Fault> {
+        let busy = || Fault::Busy("the daemon is overrun with calls; try again".to_owned());
+        let _place = self.waiting_readers.try_acquire().map_err(|_| busy())?;
+        let _turn = self.readers.acquire().await.map_err(|_| busy())?;
+        let catalog = Arc::clone(&self.catalog);
+        let done = tokio::task::spawn_blocking(move || work(&*catalog)).await;
+        done.map_err(|error| Fault::Failed(format!("the daemon has a fault: {error}")))
+    }
+
+    fn send(&self, command: Command) {
+        // The loop outlives every call but the last ones.
+        let _ = self.inputs.send(Input::Command(Box::new(command)));
+    }
+
+    async fn call<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Fault> {
+        let (reply, answer) = oneshot::channel();
+        self.send(command(reply));
+        answer.await.map_err(|_| Fault::Failed("the daemon is ending".to_owned()))
+    }
+}

@@ -1,0 +1,112 @@
+//! What comes into the daemon's loop, and what it publishes.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+
+use super::handle::{Asker, Fault, LoadOptions};
+use super::jobs::{Job, JobResult};
+use crate::config::Instance;
+use crate::policy::{Decision, Event, Mode, Request};
+use crate::ports::{CatalogError, Launch, ModelInfo, Rulebook, Wish};
+
+/// One thing that happened.
+#[derive(Debug)]
+pub enum Input {
+    /// Something for the decisions.
+    Event(Event),
+    /// A unit or a job of systemd changed.
+    Changed,
+    /// A running instance is to be taken into the ledger: who, and its InvocationID.
+    Adopt(Instance, String),
+    /// A call on the bus.
+    Command(Box<Command>),
+    /// A request was worked out off the loop.
+    Weighed(Box<Weighed>),
+    /// The configuration was looked at off the loop.
+    Rules(Box<Rulebook>),
+    /// Read the configuration again (SIGHUP).
+    Reload,
+    /// End (SIGTERM); all models go on running.
+    Terminate,
+}
+
+/// A call that the loop answers.
+#[derive(Debug)]
+pub enum Command {
+    /// The gate.
+    Admit {
+        /// Who asks.
+        asker: Asker,
+        /// The model's files as the asker could open them.
+        files: Vec<(PathBuf, File)>,
+        /// Variables that change what the engine takes.
+        environment: BTreeMap<String, String>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<Launch, Fault>>,
+    },
+    /// Start a unit for a person.
+    Load(Job, LoadOptions),
+    /// Stop a unit for a person.
+    Unload(Job),
+    /// Pin or unpin a model.
+    Pin(Instance, bool, oneshot::Sender<()>),
+    /// Enforce or observe.
+    SetMode(Mode, oneshot::Sender<()>),
+    /// What a request would lead to.
+    Plan(Box<Request>, oneshot::Sender<Decision>),
+    /// Everything that is shown of the daemon.
+    Status(Vec<ModelInfo>, Vec<String>, oneshot::Sender<super::report::Status>),
+    /// The last decision on an instance.
+    Explain(Instance, oneshot::Sender<Option<Decision>>),
+}
+
+/// A request that was worked out for somebody who waits.
+#[derive(Debug)]
+pub struct Weighed {
+    /// Why it was.
+    pub purpose: Purpose,
+    /// The request, or what is wrong.
+    pub request: Result<Request, CatalogError>,
+    /// The rules at that time.
+    pub rules: Option<Rulebook>,
+}
+
+/// What a request is worked out for.
+#[derive(Debug)]
+pub enum Purpose {
+    /// The call with this ticket.
+    Admit(u64),
+    /// An instance that runs without a reservation.
+    Adopt(Instance),
+}
+
+/// A call that waits at the gate.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) wish: Arc<Wish>,
+    pub(super) asked: bool,
+    /// None for the simulated gate, which is answered through its ports.
+    pub(super) reply: Option<oneshot::Sender<Result<Launch, Fault>>>,
+}
+
+/// What the daemon tells the world.
+#[derive(Clone, Debug)]
+pub enum Publication {
+    /// A decision was taken.
+    Decision(Box<Decision>),
+    /// What an instance waits for.
+    Progress(Instance, String),
+    /// An instance is about to be stopped for another, at a time in microseconds of
+    /// CLOCK_MONOTONIC.
+    AboutToEvict(Instance, Instance, u64),
+    /// Where a job is.
+    JobProgress(u32, String),
+    /// A job has ended.
+    JobEnded(Job, JobResult, String),
+    /// Enforcing or observing from now on.
+    Mode(Mode),
+}

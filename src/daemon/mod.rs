@@ -1,0 +1,23 @@
+//! The daemon: the one owner of state, fed by one queue.
+//!
+//! Everything that happens (calls on the bus, changes of units, outcomes of effects, time) is an
+//! [`Input`] of one queue. [`Daemon`] takes them one by one, asks [`crate::policy::Core`] what to
+//! do, and carries that out in order: what has to survive is saved before what needs it is begun,
+//! and nothing is published that is not committed. Whatever may block runs on another thread and
+//! comes back as an input. [`Handle`] is what the bus talks to.
+
+pub mod handle;
+mod input;
+mod jobs;
+pub mod journal;
+pub mod report;
+mod run;
+pub mod signals;
+mod state;
+mod view;
+
+pub use handle::{Asker, Asking, Fault, Handle, LoadOptions, Peer, Proof};
+pub use input::{Input, Publication};
+pub use jobs::{Job, JobKind, JobResult};
+pub use run::{Daemon, Parts};
+pub use state::{Durable, Store};

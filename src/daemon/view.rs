@@ -1,0 +1,314 @@
+//! What is shown of the daemon, worked out from its state and a reading of the machine.
+
+use std::collections::BTreeMap;
+
+use super::report::{Classes, Decision as Shown, Model, Pool as PoolReport, Status, Swap};
+use crate::bytes::Bytes;
+use crate::config::{Instance, ModelName};
+use crate::ledger::{
+    Charges, Footprint, Machine, Measured, PerPool, Phase, Pool, Reservation, Unit, UnitState, capacity,
+};
+use crate::policy::decision::Kind;
+use crate::policy::{Core, Decision, Mode, Planned, Refusal, RefusalKind, Request, Verdict};
+use crate::ports::ModelInfo;
+
+/// How many decisions `plimsoll status` gets.
+const SHOWN: usize = 16;
+
+/// One line on how the daemon is, for `systemctl status`.
+pub(super) fn line(core: &Core, machine: &Machine) -> String {
+    let waiting = core.waiting().count();
+    let room = capacity(machine, core.rules().reserve, core.holders());
+    let charged = charges(core.holders()).per_pool(machine, &[], None);
+    let mut line = match core.holders().len() {
+        1 => "1 model".to_owned(),
+        n => format!("{n} models"),
+    };
+    line.push_str(&format!(", {} of {} reserved", charged.memory, room.memory));
+    if waiting > 0 {
+        line.push_str(&format!(", {waiting} waiting"));
+    }
+    if core.rules().mode == Mode::Observe {
+        line.push_str(", only observing");
+    }
+    line
+}
+
+/// Everything that is shown.
+pub(super) fn status(core: &Core, machine: &Machine, models: &[ModelInfo], problems: Vec<String>) -> Status {
+    let mode = match core.rules().mode {
+        Mode::Enforce => "enforce",
+        Mode::Observe => "observe",
+    };
+    Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        mode: mode.to_owned(),
+        pools: pools(core, machine),
+        swap: Swap {
+            total_bytes: machine.memory.swap_total,
+            used_bytes: machine.memory.swap_total - machine.memory.swap_free,
+        },
+        models: instances(core, machine, models),
+        decisions: core.decisions().rev().take(SHOWN).map(shown).collect(),
+        problems,
+    }
+}
+
+fn charges(holders: &BTreeMap<Instance, Reservation>) -> Charges {
+    let mut charges = Charges::default();
+    for reservation in holders.values() {
+        charges.add(reservation.held());
+    }
+    charges
+}
+
+fn pools(core: &Core, machine: &Machine) -> Vec<PoolReport> {
+    let room = capacity(machine, core.rules().reserve, core.holders());
+    let reserved = charges(core.holders()).per_pool(machine, &[], None);
+    let mut held = Charges::default();
+    for measured in core.holders().values().map(|r| &r.measured) {
+        held.add(Footprint {
+            private: measured.unreclaimable(),
+            mapped: Vec::new(),
+            gpus: measured.gpus.clone(),
+        });
+    }
+    let held = held.per_pool(machine, &[], None);
+    let pool = |name: &str, pool: Pool, total: Bytes| {
+        let of = |per: &PerPool| per.get(pool);
+        PoolReport {
+            name: name.to_owned(),
+            total_bytes: total,
+            capacity_bytes: of(&room),
+            reserved_bytes: of(&reserved),
+            measured_bytes: of(&held),
+            headroom_bytes: of(&room) - of(&reserved),
+        }
+    };
+    let mut pools = vec![pool("memory", Pool::Memory, machine.memory.total)];
+    pools.extend(machine.gpus.iter().enumerate().map(|(n, gpu)| pool(&gpu.name, Pool::Gpu(n), gpu.total)));
+    pools.extend(machine.slice_limit.map(|limit| pool("llm.slice", Pool::Slice, limit)));
+    pools
+}
+
+/// Each configured model's first instance, and every other instance that lives or has failed.
+fn instances(core: &Core, machine: &Machine, models: &[ModelInfo]) -> Vec<Model> {
+    let known: BTreeMap<&ModelName, &ModelInfo> =
+        models.iter().filter_map(|info| Some((info.name.as_ref()?, info))).collect();
+    let mut shown: BTreeMap<Instance, Model> = BTreeMap::new();
+    for name in known.keys() {
+        shown.insert(Instance::first((*name).clone()), Model::default());
+    }
+    let alive = machine.units.iter().filter(|(_, unit)| unit.state != UnitState::Inactive);
+    for instance in alive.map(|(instance, _)| instance).chain(core.holders().keys()) {
+        shown.insert(instance.clone(), Model::default());
+    }
+    let one = |instance: &Instance| {
+        let info = known.get(&instance.model).copied();
+        model(core, instance, machine.units.get(instance), info)
+    };
+    shown.keys().map(one).collect()
+}
+
+fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&ModelInfo>) -> Model {
+    let holder = core.holders().get(instance);
+    let waits = core.waiting().find(|(waiting, _)| *waiting == instance).map(|(_, told)| told);
+    let unit_state = unit.map(|unit| unit.state).unwrap_or_default();
+    let state = match (unit_state, holder.map(|r| r.phase)) {
+        (UnitState::Failed, _) => "failed",
+        (_, Some(Phase::Stopping)) | (UnitState::Deactivating, _) => "stopping",
+        _ if waits.is_some() => "waiting",
+        (UnitState::Active, _) => "running",
+        (UnitState::Activating, Some(_)) => "loading",
+        (UnitState::Activating, None) => "waiting",
+        (UnitState::Inactive, _) => "inactive",
+    };
+    let last = core.decisions().rev().find(|decision| decision.instance == *instance);
+    let broken = info.and_then(|info| info.broken.clone());
+    let message = match (waits, last) {
+        (Some(told), _) => told.to_owned(),
+        (None, Some(last)) if holder.is_none() && last.kind == Kind::Refuse => last.text.clone(),
+        _ => broken.unwrap_or_default(),
+    };
+    let configured = info.map_or(0, |info| info.context);
+    let context = holder.map_or(configured, |r| r.context);
+    let pinned = core.pins().get(&instance.model).copied().or(info.map(|info| info.pinned));
+    Model {
+        name: instance.model.to_string(),
+        instance: instance.to_string(),
+        state: state.to_owned(),
+        priority: holder.map(|r| r.priority).or(info.map(|info| info.priority)).unwrap_or_default(),
+        pinned: pinned.unwrap_or_default(),
+        context,
+        context_configured: if configured == 0 { context } else { configured },
+        parallel: info.map_or(0, |info| info.parallel),
+        address: info.map(|info| address(&info.address, instance)).unwrap_or_default(),
+        pid: unit.map_or(0, |unit| unit.main_pid),
+        predicted: holder.map(|r| predicted(&r.predicted)).unwrap_or_default(),
+        measured: unit
+            .filter(|unit| unit.state.is_alive())
+            .map(|u| measured(&u.measured))
+            .unwrap_or_default(),
+        aliases: info.map(|info| info.aliases.clone()).unwrap_or_default(),
+        modes: info.map(|info| info.modes.clone()).unwrap_or_default(),
+        message,
+    }
+}
+
+/// The address of an instance, from that of the first one.
+fn address(first: &str, instance: &Instance) -> String {
+    let own =
+        first.rsplit_once(':').and_then(|(host, port)| Some((host, instance.port(port.parse().ok()?)?)));
+    own.map_or_else(|| first.to_owned(), |(host, port)| format!("{host}:{port}"))
+}
+
+fn predicted(footprint: &Footprint) -> Classes {
+    Classes {
+        mapped_bytes: footprint.mapped_bytes(),
+        private_bytes: footprint.private,
+        gpu_bytes: footprint.gpus.iter().copied().sum(),
+        swapped_bytes: Bytes::ZERO,
+    }
+}
+
+fn measured(measured: &Measured) -> Classes {
+    Classes {
+        mapped_bytes: measured.file + measured.locked_file,
+        private_bytes: measured.private,
+        gpu_bytes: measured.gpus.iter().copied().sum(),
+        swapped_bytes: measured.swapped,
+    }
+}
+
+/// A decision as it is read on the other side of the bus.
+fn shown(decision: &Decision) -> Shown {
+    let json = serde_json::to_value(decision).unwrap_or_default();
+    serde_json::from_value(json).unwrap_or_default()
+}
+
+/// A plan as the decision that it would become.
+pub(super) fn planned(request: &Request, planned: Planned, now: u64) -> Decision {
+    let instance = request.instance.clone();
+    let decision = |kind, verdict, text| Decision {
+        kind,
+        instance: instance.clone(),
+        for_instance: None,
+        verdict,
+        at_msec: now,
+        context: 0,
+        bytes: Bytes::ZERO,
+        steps: Vec::new(),
+        refusal: None,
+        observed: false,
+        text,
+    };
+    match planned {
+        Planned::Admit(plan) => {
+            let steps: Vec<String> = plan.steps.iter().map(ToString::to_string).collect();
+            let (verdict, after) = match steps.is_empty() {
+                true => (Verdict::Fits, String::new()),
+                false => (Verdict::FitsAfter, format!(" after {}", steps.join(", "))),
+            };
+            let (context, bytes) = (plan.rung.context, plan.rung.footprint.total());
+            let text = format!("{instance} would be admitted with {bytes} at context {context}{after}");
+            Decision { context, bytes, steps: plan.steps, ..decision(Kind::Admit, verdict, text) }
+        }
+        Planned::Wait(wait) => {
+            let on: Vec<String> = wait.on.iter().map(ToString::to_string).collect();
+            let text = format!("{instance} would wait until {} has loaded or stopped", on.join(", "));
+            let context = request.ladder.first().map_or(0, |rung| rung.context);
+            Decision { context, ..decision(Kind::Wait, Verdict::FitsAfter, text) }
+        }
+        Planned::Refuse(refusal) => {
+            let text = refusal.to_string();
+            Decision {
+                context: refusal.context,
+                bytes: refusal.needed_bytes,
+                refusal: Some(refusal.clone()),
+                ..decision(Kind::Refuse, verdict_of(&refusal), text)
+            }
+        }
+    }
+}
+
+fn verdict_of(refusal: &Refusal) -> Verdict {
+    match refusal.kind {
+        RefusalKind::UnknownSize(_) => Verdict::Unknown,
+        _ => Verdict::Refused,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::{Event, Rules, Rung, Saved};
+
+    fn request(gib: u64) -> Request {
+        let footprint = Footprint { private: Bytes::gib(gib), ..Footprint::default() };
+        Request {
+            instance: "a".parse().unwrap(),
+            invocation: "1".into(),
+            priority: 50,
+            pinned: false,
+            ladder: vec![Rung { context: 4096, footprint }],
+            advice: Vec::new(),
+            ttl: None,
+            reload: Bytes::ZERO,
+            may_swap: false,
+            instead_of: Default::default(),
+            stuck: Default::default(),
+            force: false,
+            explicit: true,
+            unknown: None,
+            unit_limit: None,
+        }
+    }
+
+    fn machine() -> Machine {
+        let mut machine = Machine::default();
+        machine.memory.total = Bytes::gib(16);
+        machine.memory.available = Bytes::gib(14);
+        machine.memory.free = Bytes::gib(14);
+        machine
+    }
+
+    #[test]
+    fn what_runs_is_shown_next_to_what_is_configured() {
+        let mut machine = machine();
+        let mut core = Core::new(Rules::default(), Saved::default(), true);
+        let unit = Unit { state: UnitState::Active, invocation: "1".into(), main_pid: 7, ..Unit::default() };
+        machine.units.insert("a@2".parse().unwrap(), unit);
+        let adopt = Request { instance: "a@2".parse().unwrap(), ..request(4) };
+        core.step(Event::Adopt { request: Box::new(adopt) }, &machine, 5);
+        let info = ModelInfo {
+            name: "a".parse().ok(),
+            priority: 50,
+            address: "127.0.0.1:8003".into(),
+            context: 4096,
+            ..ModelInfo::default()
+        };
+        let status = status(&core, &machine, &[info], vec!["a problem".into()]);
+        let shown: Vec<(&str, &str, &str, u32)> = status
+            .models
+            .iter()
+            .map(|m| (m.instance.as_str(), m.state.as_str(), m.address.as_str(), m.pid))
+            .collect();
+        assert_eq!(shown, [("a", "inactive", "127.0.0.1:8003", 0), ("a@2", "running", "127.0.0.1:8004", 7)]);
+        assert_eq!(status.pools[0].reserved_bytes, Bytes::gib(4));
+        assert_eq!(status.problems.len(), 1);
+        assert!(line(&core, &machine).starts_with("1 model, 4.0 GiB of "));
+    }
+
+    #[test]
+    fn a_plan_reads_like_the_decision_it_would_become() {
+        let core = Core::new(Rules::default(), Saved::default(), true);
+        let fits = request(4);
+        let decision = planned(&fits, core.preview(&fits, &machine(), 9), 9);
+        assert_eq!((decision.kind, decision.verdict, decision.context), (Kind::Admit, Verdict::Fits, 4096));
+        let too_large = request(40);
+        let decision = planned(&too_large, core.preview(&too_large, &machine(), 9), 9);
+        assert_eq!((decision.kind, decision.verdict), (Kind::Refuse, Verdict::Refused));
+        assert!(decision.text.contains("was refused"), "{}", decision.text);
+        assert!(!shown(&decision).verdict.is_empty());
+    }
+}

@@ -1,0 +1,361 @@
+//! The daemon on the bus: `org.plimsoll1.Manager` and the objects of its jobs.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::mpsc;
+use zbus::message::Header;
+use zbus::object_server::SignalEmitter;
+use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant, interface};
+
+use super::authorize::{Authority, CONFIGURE, MANAGE_MODELS};
+use super::error::{Error, Kind};
+use super::{PATH, peer};
+use crate::config::Instance;
+use crate::daemon::{Asking, Fault, Handle, Job, Publication};
+use crate::policy::{Mode, RefusalKind};
+use crate::ports::CatalogError;
+
+/// A call has at most this many files, variables, contexts and names; real ones have a few.
+const LONGEST: usize = 1100;
+/// Variables that `Admit` takes: what changes what an engine takes. Anything else is none of the
+/// daemon's business, and may be a secret.
+const VARIABLES: [&str; 10] =
+    ["LLAMA_ARG_", "GGML_", "HSA_", "HIP_", "ROCR_", "CUDA_", "GPU_", "AMD_", "VK_", "MESA_"];
+
+/// `org.plimsoll1.Manager`.
+pub struct Manager {
+    handle: Handle,
+    authority: Authority,
+    /// Proves who asks at the gate; none where the gate is simulated.
+    asking: Option<Arc<dyn Asking>>,
+    mode: Arc<Mutex<Mode>>,
+}
+
+/// `org.plimsoll1.Job`.
+struct JobObject {
+    job: Job,
+    progress: Mutex<String>,
+}
+
+type Variants = HashMap<&'static str, Variant<'static>>;
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        let kind = match &fault {
+            Fault::Refused(refusal) => match refusal.kind {
+                RefusalKind::WontFit | RefusalKind::UnitLimit(_) => Kind::WontFit,
+                RefusalKind::UnknownSize(_) => Kind::UnknownSize,
+                RefusalKind::NamedIsPinned(_) => Kind::Pinned,
+                RefusalKind::WaitedTooLong(_) => Kind::Busy,
+            },
+            Fault::Catalog(CatalogError::NotFound(_)) => Kind::NotFound,
+            Fault::Catalog(CatalogError::Config(_)) => Kind::Config,
+            Fault::NotTheUnit(_) => Kind::NotTheUnit,
+            Fault::Busy(_) => Kind::Busy,
+            Fault::Failed(_) => Kind::Failed,
+        };
+        Self::new(kind, fault.to_string())
+    }
+}
+
+/// The path of a job's object.
+fn job_path(number: u32) -> Result<OwnedObjectPath, Error> {
+    let path = OwnedObjectPath::try_from(format!("{PATH}/job/{number}"));
+    path.map_err(|error| Error::new(Kind::Failed, error.to_string()))
+}
+
+fn json(value: &impl serde::Serialize) -> Result<String, Error> {
+    serde_json::to_string(value).map_err(|error| Error::new(Kind::Failed, error.to_string()))
+}
+
+fn bounded(length: usize, what: &str) -> Result<(), Error> {
+    if length > LONGEST {
+        return Err(Error::new(Kind::Failed, format!("{length} {what} are too many, {LONGEST} is the most")));
+    }
+    Ok(())
+}
+
+fn files(list: Vec<(String, zbus::OwnedFd)>) -> Vec<(PathBuf, File)> {
+    list.into_iter().map(|(path, fd)| (PathBuf::from(path), File::from(OwnedFd::from(fd)))).collect()
+}
+
+impl Manager {
+    /// The manager of a daemon.
+    #[must_use]
+    pub fn new(handle: Handle, authority: Authority, asking: Option<Arc<dyn Asking>>, mode: Mode) -> Self {
+        Self { handle, authority, asking, mode: Arc::new(Mutex::new(mode)) }
+    }
+
+    async fn add_job(&self, connection: &Connection, job: &Job) -> Result<OwnedObjectPath, Error> {
+        let path = job_path(job.number)?;
+        let object = JobObject { job: job.clone(), progress: Mutex::new(String::new()) };
+        connection.object_server().at(&path, object).await?;
+        Ok(path)
+    }
+}
+
+#[interface(name = "org.plimsoll1.Manager", introspection_docs = false)]
+impl Manager {
+    async fn fit(&self, name: String, contexts: Vec<u64>) -> Result<String, Error> {
+        bounded(contexts.len(), "contexts")?;
+        Ok(self.handle.fit(name, contexts).await?)
+    }
+
+    async fn fit_files(
+        &self,
+        files: Vec<(String, zbus::OwnedFd)>,
+        arguments: Vec<String>,
+        contexts: Vec<u64>,
+    ) -> Result<String, Error> {
+        bounded(files.len(), "files")?;
+        bounded(arguments.len(), "arguments")?;
+        bounded(contexts.len(), "contexts")?;
+        Ok(self.handle.fit_files(self::files(files), arguments, contexts).await?)
+    }
+
+    async fn plan(&self, instance: String, context: u64) -> Result<String, Error> {
+        let context = (context != 0).then_some(context);
+        json(&self.handle.plan(instance, context).await?)
+    }
+
+    async fn load(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        instance: String,
+        options: HashMap<String, OwnedVariant>,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.authority.check(connection, &header, MANAGE_MODELS).await?;
+        let (mut context, mut instead_of, mut force) = (None, Vec::new(), false);
+        for (key, value) in options {
+            let wrong = |_| Error::new(Kind::Failed, format!("option '{key}' has the wrong type"));
+            match key.as_str() {
+                "context" => context = Some(u64::try_from(value).map_err(wrong)?),
+                "instead-of" => instead_of = Vec::<String>::try_from(value).map_err(wrong)?,
+                "force" => force = bool::try_from(value).map_err(wrong)?,
+                _ => return Err(Error::new(Kind::Failed, format!("there is no option '{key}'"))),
+            }
+        }
+        bounded(instead_of.len(), "names")?;
+        let context = context.filter(|context| *context != 0);
+        let (job, options) = self.handle.prepare_load(instance, context, instead_of, force).await?;
+        // The object is there before anything can happen to it.
+        let path = self.add_job(connection, &job).await?;
+        self.handle.begin_load(job, options);
+        Ok(path)
+    }
+
+    async fn unload(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        instance: String,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.authority.check(connection, &header, MANAGE_MODELS).await?;
+        let job = self.handle.prepare_unload(instance).await?;
+        let path = self.add_job(connection, &job).await?;
+        self.handle.begin_unload(job);
+        Ok(path)
+    }
+
+    #[zbus(out_args("argv", "engine_environment"))]
+    async fn admit(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        instance: String,
+        files: Vec<(String, zbus::OwnedFd)>,
+        environment: BTreeMap<String, String>,
+    ) -> Result<(Vec<String>, BTreeMap<String, String>), Error> {
+        bounded(files.len(), "files")?;
+        bounded(environment.len(), "variables")?;
+        let instance: Instance =
+            instance.parse().map_err(|error| Error::new(Kind::NotFound, format!("{error}")))?;
+        let Some(asking) = &self.asking else {
+            let why = "a simulated machine has a gate of its own";
+            return Err(Error::new(Kind::NotTheUnit, why));
+        };
+        let asker = asking.prove(peer::of(connection, &header).await?, instance).await?;
+        let known = |name: &String| VARIABLES.iter().any(|prefix| name.starts_with(prefix));
+        // A key may be given to llama-server this way; it stays with the unit.
+        let secret = |name: &String| name.contains("KEY") || name.contains("TOKEN");
+        let environment = environment.into_iter().filter(|(name, _)| known(name) && !secret(name)).collect();
+        let launch = self.handle.admit(asker, self::files(files), environment).await?;
+        Ok((launch.argv, launch.environment))
+    }
+
+    async fn pin(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        instance: String,
+    ) -> Result<(), Error> {
+        self.authority.check(connection, &header, MANAGE_MODELS).await?;
+        Ok(self.handle.pin(instance, true).await?)
+    }
+
+    async fn unpin(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        instance: String,
+    ) -> Result<(), Error> {
+        self.authority.check(connection, &header, MANAGE_MODELS).await?;
+        Ok(self.handle.pin(instance, false).await?)
+    }
+
+    #[zbus(out_args("problems"))]
+    async fn reload(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<Vec<String>, Error> {
+        self.authority.check(connection, &header, CONFIGURE).await?;
+        Ok(self.handle.reload().await?)
+    }
+
+    async fn set_mode(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        mode: String,
+    ) -> Result<(), Error> {
+        self.authority.check(connection, &header, CONFIGURE).await?;
+        let mode = match mode.as_str() {
+            "enforce" => Mode::Enforce,
+            "observe" => Mode::Observe,
+            _ => return Err(Error::new(Kind::Failed, "the mode is either 'enforce' or 'observe'")),
+        };
+        Ok(self.handle.set_mode(mode).await?)
+    }
+
+    async fn list_models(&self) -> Result<Vec<Variants>, Error> {
+        let row = |model: crate::daemon::report::Model| {
+            HashMap::from([
+                ("predicted-bytes", Variant::from(model.predicted.total().0)),
+                ("measured-bytes", Variant::from(model.measured.total().0)),
+                ("name", Variant::from(model.name)),
+                ("instance", Variant::from(model.instance)),
+                ("state", Variant::from(model.state)),
+                ("priority", Variant::from(u32::from(model.priority))),
+                ("pinned", Variant::from(model.pinned)),
+                ("context", Variant::from(model.context)),
+            ])
+        };
+        Ok(self.handle.status().await?.models.into_iter().map(row).collect())
+    }
+
+    async fn status(&self) -> Result<String, Error> {
+        json(&self.handle.status().await?)
+    }
+
+    async fn explain(&self, instance: String) -> Result<String, Error> {
+        let none = || Error::new(Kind::NotFound, format!("nothing has been decided on '{instance}' yet"));
+        json(&self.handle.explain(instance.clone()).await?.ok_or_else(none)?)
+    }
+
+    #[zbus(signal)]
+    async fn decision(emitter: &SignalEmitter<'_>, json: &str) -> zbus::Result<()>;
+
+    #[zbus(signal)]
+    async fn admit_progress(emitter: &SignalEmitter<'_>, instance: &str, text: &str) -> zbus::Result<()>;
+
+    #[zbus(signal)]
+    async fn about_to_evict(
+        emitter: &SignalEmitter<'_>,
+        instance: &str,
+        for_instance: &str,
+        deadline_usec: u64,
+    ) -> zbus::Result<()>;
+
+    #[zbus(signal)]
+    async fn job_removed(
+        emitter: &SignalEmitter<'_>,
+        job: OwnedObjectPath,
+        instance: &str,
+        result: &str,
+        message: &str,
+    ) -> zbus::Result<()>;
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn version(&self) -> String {
+        env!("CARGO_PKG_VERSION").to_owned()
+    }
+
+    #[zbus(property)]
+    fn mode(&self) -> String {
+        let mode = match *self.mode.lock().unwrap_or_else(PoisonError::into_inner) {
+            Mode::Enforce => "enforce",
+            Mode::Observe => "observe",
+        };
+        mode.to_owned()
+    }
+}
+
+#[interface(name = "org.plimsoll1.Job", introspection_docs = false)]
+impl JobObject {
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn instance(&self) -> String {
+        self.job.instance.to_string()
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn kind(&self) -> String {
+        self.job.kind.as_str().to_owned()
+    }
+
+    #[zbus(property)]
+    fn progress(&self) -> String {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    #[zbus(property)]
+    fn state(&self) -> String {
+        "running".to_owned()
+    }
+}
+
+/// Sends out what the daemon publishes, until it ends.
+pub async fn publish(connection: Connection, mut published: mpsc::UnboundedReceiver<Publication>) {
+    while let Some(publication) = published.recv().await {
+        if let Err(error) = emit(&connection, publication).await {
+            tracing::warn!("a signal could not be sent: {error}");
+        }
+    }
+}
+
+async fn emit(connection: &Connection, publication: Publication) -> Result<(), Error> {
+    let emitter = SignalEmitter::new(connection, PATH)?;
+    match publication {
+        Publication::Decision(decision) => Manager::decision(&emitter, &json(&decision)?).await?,
+        Publication::Progress(instance, text) => {
+            Manager::admit_progress(&emitter, &instance.to_string(), &text).await?;
+        }
+        Publication::AboutToEvict(instance, other, deadline) => {
+            Manager::about_to_evict(&emitter, &instance.to_string(), &other.to_string(), deadline).await?;
+        }
+        Publication::JobProgress(number, text) => {
+            let job = connection.object_server().interface::<_, JobObject>(job_path(number)?).await?;
+            let object = job.get().await;
+            *object.progress.lock().unwrap_or_else(PoisonError::into_inner) = text;
+            object.progress_changed(job.signal_emitter()).await?;
+        }
+        Publication::JobEnded(job, result, message) => {
+            let path = job_path(job.number)?;
+            let instance = job.instance.to_string();
+            Manager::job_removed(&emitter, path.clone(), &instance, result.as_str(), &message).await?;
+            connection.object_server().remove::<JobObject, _>(path).await?;
+        }
+        Publication::Mode(mode) => {
+            let manager = connection.object_server().interface::<_, Manager>(PATH).await?;
+            let object = manager.get().await;
+            *object.mode.lock().unwrap_or_else(PoisonError::into_inner) = mode;
+            object.mode_changed(manager.signal_emitter()).await?;
+        }
+    }
+    Ok(())
+}
