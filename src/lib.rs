@@ -5,6 +5,7 @@
 //! modules form floors that import downwards only: ARCHITECTURE.md draws the house and
 //! `tests/floors.rs` holds the code to it.
 
+pub mod action;
 pub mod bytes;
 pub mod cli;
 pub mod config;
