@@ -102,7 +102,17 @@ fn precedence_is_key_then_argument_then_variable() {
     let effective = engine::effective(&model, &environment).unwrap();
     assert_eq!((effective.settings.context, effective.settings.parallel), (4096, Some(8)));
     assert_eq!(source(&effective, "parallel"), "LLAMA_ARG_N_PARALLEL at /etc/plimsoll/models.d/m.toml:3");
+    // A key that leaves it open does so whatever the unit says; without the key the unit has its way.
+    let environment = unit(&[("LLAMA_ARG_CACHE_RAM", "4096"), ("LLAMA_ARG_N_GPU_LAYERS", "7")]);
+    let open = root.model(&format!("{MODEL}prompt-cache = \"auto\"\ngpu-layers = \"auto\"\n"));
+    let effective = engine::effective(&open, &environment).unwrap();
+    assert!(effective.automatic.prompt_cache);
+    assert_eq!(effective.settings.gpu_layers, GpuLayers::Auto);
+    let effective = engine::effective(&root.model(MODEL), &environment).unwrap();
+    assert_eq!(effective.settings.prompt_cache_mib, Some(4096));
+    assert_eq!(effective.settings.gpu_layers, GpuLayers::Count(7));
     // A default of all models gives way to everything.
+    let environment = unit(&[("LLAMA_ARG_CTX_SIZE", "1024"), ("LLAMA_ARG_N_PARALLEL", "4")]);
     let settings = "[model-defaults]\ncontext = 512\nparallel = 2\n";
     let loaded = root.load(settings, &format!("{MODEL}engine-args = [\"-c\", \"4096\"]\n"));
     let effective = engine::effective(&loaded.models["m"], &environment).unwrap();
@@ -216,6 +226,24 @@ fn the_command_runs_what_was_chosen() {
     let read_back = args::parse(&launch.argv, &BTreeMap::new()).unwrap();
     assert_eq!(read_back.settings, chosen);
     assert_eq!(read_back.port, Some(8004));
+}
+
+#[test]
+fn a_whole_command_line_can_be_pasted() {
+    let root = Root::new("pasted");
+    let model = root.model(
+        "model = \"/srv/m.gguf\"\n\
+         engine-args = [\"/opt/llama-server\", \"-m\", \"/srv/m.gguf\", \"-c\", \"16384\", \"-ngl\", \"999\", \"-fa\", \"off\"]\n",
+    );
+    let effective = engine::effective(&model, &BTreeMap::new()).unwrap();
+    assert_eq!(effective.settings.context, 16384);
+    let argv = llama_server(&model, &effective, None).argv;
+    assert_eq!(
+        argv.iter().filter(|a| a.contains("llama-server") || *a == "/srv/m.gguf").count(),
+        2,
+        "{argv:?}"
+    );
+    assert_eq!(argv[argv.len() - 2..], ["-fa", "off"]);
 }
 
 #[test]

@@ -116,10 +116,17 @@ pub fn effective(model: &Model, unit: &BTreeMap<String, String>) -> Result<Effec
         place: arguments_place.clone(),
         source: Box::new(error),
     };
-    args::parse(&model.engine_args, &BTreeMap::new()).map_err(wrong)?;
-    let given = words::split(&model.engine_args);
+    // A whole pasted command line begins with the program.
+    let engine_args = match model.engine_args.split_first() {
+        Some((program, rest)) if program.rsplit('/').next() == Some("llama-server") => rest,
+        _ => &model.engine_args,
+    };
+    args::parse(engine_args, &BTreeMap::new()).map_err(wrong)?;
+    let given = words::split(engine_args);
     reserved(model, &given, &arguments_place)?;
 
+    let mut environment: BTreeMap<String, String> = unit.clone();
+    environment.extend(model.environment.0.clone());
     let mut arguments = Vec::new();
     let mut keys: BTreeMap<&'static str, &'static str> = BTreeMap::new();
     for (key, flag, value) in keys_as_flags(model) {
@@ -133,16 +140,16 @@ pub fn effective(model: &Model, unit: &BTreeMap<String, String>) -> Result<Effec
             _ if variable_of(flag).is_some_and(|name| unit.contains_key(name)) => continue,
             _ => {}
         }
-        // "auto" leaves it open, which is what llama-server does when nothing is said.
-        if argument.is_none() && value != "auto" {
+        if value == "auto" {
+            // Left open, also where a variable of the unit would close it.
+            environment.retain(|name, _| Some(name.as_str()) != variable_of(flag));
+        } else if argument.is_none() {
             arguments.extend([flag.to_owned(), value]);
             keys.insert(flag, key);
         }
     }
-    arguments.extend(model.engine_args.iter().cloned());
+    arguments.extend(engine_args.iter().cloned());
 
-    let mut environment: BTreeMap<String, String> = unit.clone();
-    environment.extend(model.environment.0.clone());
     let mut parsed = args::parse(&arguments, &environment).map_err(wrong)?;
     if parsed.download.is_some() {
         let names = ["model-url", "hf-repo", "docker-repo"];

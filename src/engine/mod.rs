@@ -8,6 +8,7 @@
 //! spells exactly them out. So what is priced is what is run.
 
 mod check;
+pub mod devices;
 mod effective;
 mod error;
 mod files;
