@@ -3,8 +3,14 @@
 // The scenarios that use the rest come next.
 #![allow(dead_code)]
 
+mod deb;
+mod demo;
 mod host;
+mod install;
+mod lab;
 mod models;
+mod scenarios;
+mod test;
 mod vm;
 
 use anyhow::Result;
@@ -21,6 +27,21 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Check everything: formatting, lints, tests, and the scenarios in the virtual machine
+    Test(test::TestOptions),
+    /// See it work: models are admitted, made room for and refused, in a virtual machine
+    Demo(demo::DemoOptions),
+    /// Build and install on this machine, or below --destdir
+    Install(install::InstallOptions),
+    /// Build the Debian package
+    Deb {
+        /// Build profile
+        #[arg(long, default_value = "release")]
+        profile: String,
+        /// Added to the version
+        #[arg(long, default_value = "")]
+        suffix: String,
+    },
     /// Boot the virtual machine by hand
     Vm {
         #[command(subcommand)]
@@ -69,6 +90,13 @@ fn main() -> std::process::ExitCode {
 
 fn run(task: Task) -> Result<u8> {
     match task {
+        Task::Test(options) => test::test(&options),
+        Task::Demo(options) => demo::demo(&options).map(|()| 0),
+        Task::Install(options) => install::install(&options).map(|()| 0),
+        Task::Deb { profile, suffix } => {
+            println!("{}", deb::build(&profile, &suffix)?.display());
+            Ok(0)
+        }
         Task::Vm { action: VmAction::Build, image } => {
             println!("image: {}", Image::ensure(&image)?.directory.display());
             println!("models: {}", models::ensure_disk()?.display());

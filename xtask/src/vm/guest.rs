@@ -274,6 +274,17 @@ impl Guest {
         }
     }
 
+    /// How a person logs in.
+    pub fn login_command(&self) -> String {
+        self.ssh(COMMAND_LIMIT)
+            .map(|command| {
+                let words: Vec<String> =
+                    command.get_args().skip(2).map(|word| word.to_string_lossy().into_owned()).collect();
+                format!("{} root@127.0.0.1", words.join(" "))
+            })
+            .unwrap_or_default()
+    }
+
     /// The machine under it.
     pub fn machine(&mut self) -> &mut Machine {
         &mut self.machine

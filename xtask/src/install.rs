@@ -1,0 +1,223 @@
+//! `cargo xtask install`: the files of an installation, and where each belongs.
+
+use crate::host;
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// One file of the source tree and its place below the prefix.
+struct Entry {
+    source: &'static str,
+    target: &'static str,
+}
+
+const fn entry(source: &'static str, target: &'static str) -> Entry {
+    Entry { source, target }
+}
+
+/// Everything that systemd, the bus and polkit read. Paths in them are written for `/usr` and
+/// rewritten for another prefix.
+const SYSTEM_FILES: &[Entry] = &[
+    entry("systemd/plimsolld.service", "lib/systemd/system/plimsolld.service"),
+    entry("systemd/llm@.service", "lib/systemd/system/llm@.service"),
+    entry("systemd/llm.slice", "lib/systemd/system/llm.slice"),
+    entry("systemd/plimsoll.slice", "lib/systemd/system/plimsoll.slice"),
+    entry("systemd/plimsoll.sysusers.conf", "lib/sysusers.d/plimsoll.conf"),
+    entry("systemd/plimsoll.tmpfiles.conf", "lib/tmpfiles.d/plimsoll.conf"),
+    entry("systemd/org.plimsoll1.service", "share/dbus-1/system-services/org.plimsoll1.service"),
+    entry("systemd/org.plimsoll1.conf", "share/dbus-1/system.d/org.plimsoll1.conf"),
+    entry("systemd/org.plimsoll1.xml", "share/dbus-1/interfaces/org.plimsoll1.xml"),
+    entry("systemd/org.plimsoll1.Job.xml", "share/dbus-1/interfaces/org.plimsoll1.Job.xml"),
+    entry("systemd/org.plimsoll1.policy", "share/polkit-1/actions/org.plimsoll1.policy"),
+    entry("systemd/plimsoll.rules", "share/polkit-1/rules.d/plimsoll.rules"),
+];
+
+/// What people read, taken when it is there.
+const DOCUMENTS: &[Entry] = &[
+    entry("README.md", "share/doc/plimsoll/README.md"),
+    entry("CHANGELOG.md", "share/doc/plimsoll/CHANGELOG.md"),
+    entry("LICENSE-MIT", "share/doc/plimsoll/LICENSE-MIT"),
+    entry("LICENSE-APACHE", "share/doc/plimsoll/LICENSE-APACHE"),
+    entry("packaging/deb/copyright", "share/doc/plimsoll/copyright"),
+    entry("systemd/plimsolld-reload-252.conf", "share/doc/plimsoll/examples/plimsolld-reload-252.conf"),
+];
+
+/// Directories of generated files (`cargo xtask man`), taken as they are when they are there.
+const GENERATED: &[Entry] = &[
+    entry("target/generated/man1", "share/man/man1"),
+    entry("target/generated/man5", "share/man/man5"),
+    entry("target/generated/man8", "share/man/man8"),
+    entry("target/generated/bash", "share/bash-completion/completions"),
+    entry("target/generated/zsh", "share/zsh/vendor-completions"),
+    entry("target/generated/fish", "share/fish/vendor_completions.d"),
+    entry("config", "share/doc/plimsoll/examples"),
+];
+
+/// What to build and where to put it.
+#[derive(Debug, Clone, clap::Args)]
+pub struct InstallOptions {
+    /// Put everything below this directory and leave the running system alone (for packagers)
+    #[arg(long, value_name = "DIR")]
+    pub destdir: Option<PathBuf>,
+    /// Where programs and units go
+    #[arg(long, default_value = "/usr", value_name = "DIR")]
+    pub prefix: PathBuf,
+}
+
+/// Builds the two programs; returns the directory that holds them.
+pub fn build(profile: &str) -> Result<PathBuf> {
+    let root = host::source_root();
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.current_dir(&root).args(["build", "--quiet", "--locked", "--package", "plimsoll", "--bins"]);
+    host::run(command.args(["--profile", profile]))?;
+    let directory = if profile == "dev" { "debug" } else { profile };
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    Ok(target.join(directory))
+}
+
+/// `cargo xtask install`.
+pub fn install(options: &InstallOptions) -> Result<()> {
+    if !options.prefix.is_absolute() {
+        bail!("--prefix {} is not an absolute path", options.prefix.display());
+    }
+    let programs = build("release")?;
+    if let Some(destdir) = &options.destdir {
+        stage(&programs, destdir, &options.prefix)?;
+        println!("installed below {}", destdir.display());
+        return Ok(());
+    }
+    let tree = host::source_root().join("target/install");
+    let _ = fs::remove_dir_all(&tree);
+    stage(&programs, &tree, &options.prefix)?;
+    copy_as_root(&tree)?;
+    activate(&options.prefix)
+}
+
+/// Lays out an installation below `destdir`.
+pub fn stage(programs: &Path, destdir: &Path, prefix: &Path) -> Result<()> {
+    let root = host::source_root();
+    let relative = prefix.strip_prefix("/").unwrap_or(prefix);
+    let usr = destdir.join(relative);
+    put(&programs.join("plimsoll"), &usr.join("bin/plimsoll"), 0o755)?;
+    put(&programs.join("plimsolld"), &usr.join("lib/plimsoll/plimsolld"), 0o755)?;
+    // One program, called by another name.
+    let generators = usr.join("lib/systemd/system-generators");
+    make_directory(&generators)?;
+    let link = generators.join("plimsoll-generator");
+    let _ = fs::remove_file(&link);
+    symlink("../../../bin/plimsoll", &link)?;
+
+    for Entry { source, target } in SYSTEM_FILES {
+        let text = fs::read_to_string(root.join(source)).with_context(|| format!("cannot read {source}"))?;
+        let target = usr.join(target);
+        make_directory(target.parent().context("no parent")?)?;
+        fs::write(&target, relocate(&text, prefix))?;
+        fs::set_permissions(&target, fs::Permissions::from_mode(0o644))?;
+    }
+    for Entry { source, target } in DOCUMENTS {
+        let source = root.join(source);
+        if source.exists() {
+            put(&source, &usr.join(target), 0o644)?;
+        }
+    }
+    for Entry { source, target } in GENERATED {
+        let source = root.join(source);
+        if source.is_dir() {
+            put_tree(&source, &usr.join(target))?;
+        }
+    }
+    make_directory(&destdir.join("etc/plimsoll/models.d"))
+}
+
+/// The programs' paths for another prefix.
+fn relocate(text: &str, prefix: &Path) -> String {
+    let prefix = prefix.display().to_string();
+    ["bin/plimsoll", "lib/plimsoll/", "share/doc/plimsoll/"].iter().fold(text.to_owned(), |text, path| {
+        text.replace(&format!("/usr/{path}"), &format!("{prefix}/{path}"))
+    })
+}
+
+fn make_directory(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).with_context(|| format!("cannot create {}", path.display()))?;
+    // Whatever the umask of whoever builds.
+    Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o755))?)
+}
+
+fn put(source: &Path, target: &Path, mode: u32) -> Result<()> {
+    make_directory(target.parent().context("no parent")?)?;
+    let _ = fs::remove_file(target);
+    fs::copy(source, target).with_context(|| format!("cannot copy {}", source.display()))?;
+    Ok(fs::set_permissions(target, fs::Permissions::from_mode(mode))?)
+}
+
+fn put_tree(source: &Path, target: &Path) -> Result<()> {
+    for item in fs::read_dir(source)? {
+        let item = item?;
+        let (from, to) = (item.path(), target.join(item.file_name()));
+        if item.file_type()?.is_dir() {
+            put_tree(&from, &to)?;
+        } else {
+            put(&from, &to, 0o644)?;
+        }
+    }
+    Ok(())
+}
+
+/// Every file, directory and link below `directory`, parents first.
+pub fn walk(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let mut items: Vec<PathBuf> =
+        fs::read_dir(directory)?.map(|item| item.map(|i| i.path())).collect::<Result<_, _>>()?;
+    items.sort();
+    for item in items {
+        let is_directory = fs::symlink_metadata(&item)?.is_dir();
+        found.push(item.clone());
+        if is_directory {
+            found.extend(walk(&item)?);
+        }
+    }
+    Ok(found)
+}
+
+/// Copies the staged tree over `/`, file by file: directories that exist keep their attributes.
+fn copy_as_root(tree: &Path) -> Result<()> {
+    for path in walk(tree)? {
+        let target = Path::new("/").join(path.strip_prefix(tree)?);
+        let meta = fs::symlink_metadata(&path)?;
+        if meta.is_symlink() {
+            host::run(host::as_root("ln")?.arg("-sfn").arg(fs::read_link(&path)?).arg(&target))?;
+        } else if meta.is_dir() {
+            if !target.is_dir() {
+                host::run(host::as_root("install")?.args(["-d", "-m", "0755"]).arg(&target))?;
+            }
+        } else {
+            let mode = format!("{:o}", meta.permissions().mode() & 0o7777);
+            host::run(host::as_root("install")?.args(["-m", &mode]).arg(&path).arg(&target))?;
+        }
+        if host::find("restorecon").is_some() {
+            host::run(host::as_root("restorecon")?.arg(&target))?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the running system know the new files. Stops and starts nothing but plimsolld, and that
+/// only where it runs already.
+fn activate(prefix: &Path) -> Result<()> {
+    let conf = |kind: &str| prefix.join(format!("lib/{kind}.d/plimsoll.conf"));
+    host::run(host::as_root("systemd-sysusers")?.arg(conf("sysusers")))?;
+    host::run(host::as_root("systemd-tmpfiles")?.arg("--create").arg(conf("tmpfiles")))?;
+    if !Path::new("/run/systemd/system").exists() {
+        println!("installed; systemd is not the init of this machine, so nothing was reloaded");
+        return Ok(());
+    }
+    host::run(host::as_root("systemctl")?.arg("daemon-reload"))?;
+    let bus = ["org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "ReloadConfig"];
+    host::run(host::as_root("busctl")?.args(["--quiet", "call"]).args(bus))?;
+    host::run(host::as_root("systemctl")?.args(["try-restart", "plimsolld.service"]))?;
+    println!("installed; now: systemctl enable --now plimsolld.service");
+    Ok(())
+}

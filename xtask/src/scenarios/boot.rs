@@ -1,0 +1,38 @@
+//! What happens when the machine boots.
+
+use crate::lab::{Config, Lab, PATIENCE};
+use anyhow::{Result, ensure};
+
+/// "Three enabled units that can't coexist, then a reboot: the highest priority runs, the machine is
+/// well." And of `llm@impossible`: refused "at boot too".
+pub fn rivals_and_impossible_at_boot(lab: &mut Lab) -> Result<()> {
+    lab.configure(&[
+        Config::new("rival-a", 8001).priority(40),
+        Config::new("rival-b", 8002).priority(70),
+        Config::new("rival-c", 8003).priority(60),
+        Config::new("impossible", 8004).priority(90),
+    ])?;
+    lab.guest.ok("systemctl enable --quiet llm@rival-a llm@rival-b llm@rival-c llm@impossible")?;
+    lab.guest.reboot_and_wait()?;
+    lab.guest.wait_until(
+        "every start is decided",
+        PATIENCE,
+        "! systemctl list-jobs --no-legend | grep -q llm@",
+    )?;
+    ensure!(lab.state("rival-b")? == "active", "the highest priority does not run\n{}", lab.guest.evidence());
+    lab.guest.completion(8002)?;
+    for name in ["rival-a", "rival-c", "impossible"] {
+        ensure!(lab.state(name)? == "failed", "{name} is {}\n{}", lab.state(name)?, lab.guest.evidence());
+        ensure!(lab.property(name, "ExecMainStatus")? == "75", "{}", lab.unit_status(name)?);
+        ensure!(lab.property(name, "NRestarts")? == "0", "{name} was restarted: {}", lab.unit_status(name)?);
+        let shown = lab.unit_status(name)?;
+        ensure!(shown.contains("GiB"), "no arithmetic in the status of {name}: {shown}");
+    }
+    // Boot did not wait for a model: multi-user.target was reached before the engine was.
+    let times =
+        lab.guest.ok("systemctl show --value -p ActiveEnterTimestampMonotonic multi-user.target; \
+         systemctl show --value -p ExecMainStartTimestampMonotonic llm@rival-b.service")?;
+    let times: Vec<u64> = times.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    ensure!(times.len() == 2 && times[0] <= times[1], "the boot waited for a model: {times:?}");
+    lab.no_oom_kill()
+}

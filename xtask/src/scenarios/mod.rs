@@ -1,0 +1,46 @@
+//! What has to hold in the virtual machine, on real processes: one function each.
+
+mod admission;
+mod boot;
+mod broken;
+mod daemon;
+mod package;
+mod sharing;
+
+use crate::lab::Lab;
+use anyhow::Result;
+
+/// One thing that has to hold.
+pub struct Scenario {
+    /// What `--only` matches and the report shows.
+    pub name: &'static str,
+    /// Shows it, or fails with what it saw.
+    pub run: fn(&mut Lab) -> Result<()>,
+}
+
+macro_rules! scenarios {
+    ($($module:ident :: $name:ident),* $(,)?) => {
+        /// All scenarios, in the order in which they share the guest.
+        pub const ALL: &[Scenario] =
+            &[$(Scenario { name: concat!(stringify!($module), "::", stringify!($name)), run: $module::$name }),*];
+    };
+}
+
+scenarios![
+    package::installs_in_good_order,
+    admission::two_models_answer,
+    admission::higher_priority_makes_room,
+    admission::impossible_is_refused,
+    admission::ten_at_once,
+    broken::missing_and_half_shards,
+    broken::closed_directory,
+    broken::port_taken,
+    broken::hostile_headers,
+    sharing::mapped_weights_are_charged_once,
+    sharing::unmapped_weights_are_charged_twice,
+    daemon::killed_while_models_run_and_load,
+    daemon::start_waits_for_the_daemon,
+    daemon::upgrade_keeps_models,
+    boot::rivals_and_impossible_at_boot,
+    package::purge_keeps_models,
+];
