@@ -3,7 +3,7 @@
 use crate::models::gguf::shard_path;
 use crate::vm::{Guest, guest::Output};
 use anyhow::{Context, Result, bail, ensure};
-use plimsoll::dbus::report::{Decision, Model, Status};
+use plimsoll::daemon::report::{Decision, Model, Status};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -169,7 +169,7 @@ impl Lab {
     }
 
     /// The pool called `memory`: what models hold of it in reservations, and what they may.
-    pub fn memory_pool(&self) -> Result<plimsoll::dbus::report::Pool> {
+    pub fn memory_pool(&self) -> Result<plimsoll::daemon::report::Pool> {
         let status = self.status()?;
         status.pools.into_iter().find(|pool| pool.name == "memory").context("the status has no pool memory")
     }

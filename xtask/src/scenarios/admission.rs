@@ -56,7 +56,7 @@ pub fn higher_priority_makes_room(lab: &mut Lab) -> Result<()> {
     }
     let plan = lab.plan("large")?;
     let planned: BTreeSet<&str> =
-        plan.steps.iter().filter(|step| step.action == "stop").map(|step| step.target.as_str()).collect();
+        plan.steps.iter().filter(|step| step.step == "stop").map(|step| step.instance.as_str()).collect();
     ensure!(!planned.is_empty(), "the plan stops nothing: {plan:?}");
     ensure!(planned.len() < others.len(), "the plan stops everything: {plan:?}");
     let before = lab.main_pids(&others)?;
