@@ -1,6 +1,6 @@
 //! The pools that memory comes out of, and what a set of holders charges to each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -69,13 +69,15 @@ impl PerPool {
     }
 }
 
-/// What a set of holders charges, kept so that the question "and without these?" is cheap.
+/// What a set of holders charges, kept so that the question "and without these?" is cheap: it costs
+/// by how many are left out, not by how many there are.
 ///
 /// Each mapped file is charged once, at the largest share that any holder wants of it.
 #[derive(Clone, Debug, Default)]
 pub struct Charges {
     holders: Vec<Footprint>,
     private: Bytes,
+    mapped: Bytes,
     gpus: Vec<Bytes>,
     files: BTreeMap<FileId, Vec<(usize, Bytes)>>,
 }
@@ -85,14 +87,12 @@ impl Charges {
     pub fn add(&mut self, footprint: Footprint) -> usize {
         let number = self.holders.len();
         self.private += footprint.private;
-        if self.gpus.len() < footprint.gpus.len() {
-            self.gpus.resize(footprint.gpus.len(), Bytes::ZERO);
-        }
-        for (sum, gpu) in self.gpus.iter_mut().zip(&footprint.gpus) {
-            *sum += *gpu;
-        }
+        add_gpus(&mut self.gpus, &footprint.gpus);
         for mapped in &footprint.mapped {
-            self.files.entry(mapped.file).or_default().push((number, mapped.bytes));
+            let shares = self.files.entry(mapped.file).or_default();
+            let before = largest(shares, |_| true);
+            shares.push((number, mapped.bytes));
+            self.mapped += mapped.bytes - before;
         }
         self.holders.push(footprint);
         number
@@ -102,37 +102,47 @@ impl Charges {
     /// `plus` on top.
     #[must_use]
     pub fn per_pool(&self, machine: &Machine, without: &[usize], plus: Option<&Footprint>) -> PerPool {
-        let mut private = self.private;
-        let mut gpus = self.gpus.clone();
-        let plus_gpus = plus.map_or(0, |p| p.gpus.len());
-        gpus.resize(gpus.len().max(plus_gpus).max(machine.gpus.len()), Bytes::ZERO);
-        for footprint in without.iter().filter_map(|n| self.holders.get(*n)) {
+        let (mut private, mut mapped, mut gpus) = (self.private, self.mapped, self.gpus.clone());
+        gpus.resize(gpus.len().max(machine.gpus.len()), Bytes::ZERO);
+        // The shares of files that someone lets go of or wants more of: the rest is as it was.
+        let mut shares: BTreeMap<FileId, Bytes> = BTreeMap::new();
+        if let Some(plus) = plus {
+            private += plus.private;
+            add_gpus(&mut gpus, &plus.gpus);
+            for wanted in &plus.mapped {
+                let share = shares.entry(wanted.file).or_default();
+                *share = wanted.bytes.max(*share);
+            }
+        }
+        let gone: BTreeSet<usize> = without.iter().copied().collect();
+        for footprint in gone.iter().filter_map(|n| self.holders.get(*n)) {
             private -= footprint.private;
             for (sum, gpu) in gpus.iter_mut().zip(&footprint.gpus) {
                 *sum -= *gpu;
             }
-        }
-        if let Some(plus) = plus {
-            private += plus.private;
-            for (sum, gpu) in gpus.iter_mut().zip(&plus.gpus) {
-                *sum += *gpu;
+            for let_go in &footprint.mapped {
+                shares.entry(let_go.file).or_default();
             }
         }
-        let share = |file: FileId, of: &[(usize, Bytes)]| {
-            let held = of.iter().filter(|(n, _)| !without.contains(n)).map(|(_, b)| *b).max();
-            let wanted =
-                plus.into_iter().flat_map(|p| &p.mapped).filter(|m| m.file == file).map(|m| m.bytes).max();
-            held.max(wanted).unwrap_or_default()
-        };
-        let known: Bytes = self.files.iter().map(|(file, of)| share(*file, of)).sum();
-        let new: Bytes = plus
-            .into_iter()
-            .flat_map(|p| &p.mapped)
-            .filter(|m| !self.files.contains_key(&m.file))
-            .map(|m| m.bytes)
-            .sum();
-        let host = private + known + new;
+        for (file, share) in shares {
+            let holders = self.files.get(&file).map_or(&[][..], |holders| holders);
+            mapped -= largest(holders, |_| true);
+            mapped += share.max(largest(holders, |n| !gone.contains(&n)));
+        }
+        let host = private + mapped;
         PerPool { memory: host + unified(machine, &gpus), slice: host, gpus }
+    }
+}
+
+/// The largest of the shares whose holder `counts`.
+fn largest(shares: &[(usize, Bytes)], counts: impl Fn(usize) -> bool) -> Bytes {
+    shares.iter().filter(|(n, _)| counts(*n)).map(|(_, bytes)| *bytes).max().unwrap_or_default()
+}
+
+fn add_gpus(sums: &mut Vec<Bytes>, gpus: &[Bytes]) {
+    sums.resize(sums.len().max(gpus.len()), Bytes::ZERO);
+    for (sum, gpu) in sums.iter_mut().zip(gpus) {
+        *sum += *gpu;
     }
 }
 
