@@ -369,3 +369,15 @@ fn checking_breaks_only_what_is_wrong() {
     assert_eq!(names, ["fine", "unknown"]);
     assert!(loaded.instance("n@2").unwrap_err().to_string().starts_with("the configuration of 'm' is wrong"));
 }
+
+#[test]
+fn no_other_engine_stands_in_for_one_that_is_unknown() {
+    let root = Root::new("unknown");
+    let loaded = root.load(
+        "mode = \"enforced\"\n[engine.mine]\npath = \"/opt/mine\"\n",
+        &format!("{MODEL}engine = \"mine\"\n"),
+    );
+    assert!(loaded.settings.is_none());
+    let error = engine::locate(&loaded.models["m"], &config::Daemon::default()).unwrap_err().to_string();
+    assert_eq!(error, "engine 'mine' is not configured, or plimsoll.toml has errors: plimsoll validate");
+}

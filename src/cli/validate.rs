@@ -5,14 +5,15 @@ use serde_json::json;
 use super::args::Validate;
 use super::failure::{Exit, Failure};
 use super::output::{self, Painter, Style};
-use crate::config::{self, Loaded};
+use crate::config::Loaded;
+use crate::engine;
 
 pub(super) fn validate(args: &Validate) -> Result<Exit, Failure> {
     let root = &args.root.root;
     if !root.is_dir() {
         return Err(Failure::usage(format!("--root {}: there is no such directory", root.display())));
     }
-    let loaded = config::load(root);
+    let loaded = engine::load(root);
     if args.json {
         output::print_json(&json!({
             "valid": loaded.is_valid(),

@@ -77,6 +77,12 @@ pub enum Error {
         /// The engine's name.
         engine: String,
     },
+    /// No engine of this name is configured.
+    #[error("engine '{engine}' is not configured, or plimsoll.toml has errors: plimsoll validate")]
+    UnknownEngine {
+        /// The engine's name.
+        engine: String,
+    },
     /// No such program.
     #[error(
         "{program} is in none of {searched}: install it, or give its path in plimsoll.toml under [engine.{program}]"

@@ -24,7 +24,9 @@ pub fn locate(model: &Model, daemon: &Daemon) -> Result<PathBuf, Error> {
     match daemon.engines.get(&model.engine) {
         Some(EngineSource::Path(path)) => check_executable(path).map(|()| path.clone()),
         Some(EngineSource::Image(_)) => Err(Error::Container { engine: model.engine.clone() }),
-        None => search(&DIRECTORIES.map(Path::new), DEFAULT_ENGINE),
+        None if model.engine == DEFAULT_ENGINE => search(&DIRECTORIES.map(Path::new), DEFAULT_ENGINE),
+        // Only where plimsoll.toml has errors, so that its engines are not known.
+        None => Err(Error::UnknownEngine { engine: model.engine.clone() }),
     }
 }
 
