@@ -30,6 +30,10 @@ pub enum Input {
     Rules(Box<Rulebook>),
     /// Read the configuration again (SIGHUP).
     Reload,
+    /// It was read again.
+    Reloaded(Option<Box<Rulebook>>),
+    /// systemd or the bus is gone: end, to be started anew.
+    Lost,
     /// End (SIGTERM); all models go on running.
     Terminate,
 }

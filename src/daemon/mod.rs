@@ -6,11 +6,15 @@
 //! and nothing is published that is not committed. Whatever may block runs on another thread and
 //! comes back as an input. [`Handle`] is what the bus talks to.
 
+mod calls;
+pub mod catalog;
 pub mod handle;
 mod input;
 mod jobs;
 pub mod journal;
+pub mod real;
 pub mod report;
+mod rules;
 mod run;
 pub mod signals;
 mod state;

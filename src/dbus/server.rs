@@ -2,9 +2,27 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::daemon::journal;
+use tokio::sync::mpsc;
+use zbus::Connection;
+use zbus::fdo::RequestNameFlags;
+
+use super::authorize::Authority;
+use super::service::{Manager, publish};
+use super::{NAME, PATH};
+use crate::action::notify::Notifier;
+use crate::action::systemd::{Systemd, SystemdError};
+use crate::daemon::catalog::RealCatalog;
+use crate::daemon::real::{Effects, Files, Gate, PageCache, RealPorts, Units, follow, past_the_gate};
+use crate::daemon::{Daemon, Parts, journal, signals};
+use crate::host::Host;
+use crate::os::lock_memory;
+use crate::policy::{Core, Rules};
+
+/// The program that asks at the gate.
+const GATE: &str = "/usr/bin/plimsoll";
 
 /// Threads for what blocks: headers of models, page cache, state files.
 const BLOCKING_THREADS: usize = 4;
@@ -35,11 +53,84 @@ pub fn run(daemon: impl Future<Output = Result<(), String>>) -> ExitCode {
     }
 }
 
-/// Serves this machine on the system bus until SIGTERM.
+/// Serves this machine on the system bus (or that at `bus`) until SIGTERM; all models go on running.
 ///
 /// # Errors
 /// One sentence.
 pub async fn serve(root: &Path, bus: Option<&str>) -> Result<(), String> {
-    let _ = (root, bus);
-    Err("not yet".to_owned())
+    if let Err(error) = lock_memory() {
+        tracing::warn!(
+            "the daemon's memory can't be locked, so it may be slow when memory is short: {error}"
+        );
+    }
+    let (sender, inputs) = mpsc::unbounded_channel();
+    signals::watch(&sender, false)?;
+    let connection = connect(bus).await?;
+
+    let host = Host::at(root);
+    let boot = host.boot_id().map_err(|error| error.to_string())?;
+    let files = Arc::new(Files::new(root, boot));
+    let (durable, same_boot) = files.load();
+
+    // Listened to before it is read, so that nothing is missed between the two.
+    let no_systemd = |error: SystemdError| error.to_string();
+    let systemd = Systemd::new(&connection).await.map_err(no_systemd)?;
+    let units = Arc::new(Units::default());
+    units.remember_limits(files.load_limits());
+    let (unit_events, happened) = mpsc::unbounded_channel();
+    let _watch = systemd.watch(unit_events).await.map_err(no_systemd)?;
+    units.fill(&systemd).await.map_err(no_systemd)?;
+
+    let catalog = Arc::new(RealCatalog::new(root));
+    let cache = Arc::new(PageCache::default());
+    let survey = survey(&catalog, &cache);
+    let effects = Effects {
+        systemd: systemd.clone(),
+        host: host.clone(),
+        units: Arc::clone(&units),
+        cache: Arc::clone(&cache),
+        files: Arc::clone(&files),
+        survey: Arc::clone(&survey),
+    };
+    let ports = RealPorts::new(host.clone(), Arc::clone(&units), cache, effects)?;
+    let parts = Parts {
+        ports: Box::new(ports),
+        catalog,
+        core: Core::new(Rules::default(), durable.saved, same_boot),
+        mode: durable.mode,
+        store: Some(files),
+        survey: Some(survey),
+        notifier: Notifier::from_environment(),
+    };
+    let (daemon, handle, published) = Daemon::new(parts, sender.clone());
+    for (instance, invocation) in past_the_gate(&units, &host, Path::new(GATE)) {
+        daemon.adopt(instance, invocation);
+    }
+
+    let gate = Gate::new(systemd.clone(), Arc::clone(&units));
+    let manager = Manager::new(handle, Authority::Polkit, Some(Arc::new(gate)), daemon.mode());
+    let failed = |error: zbus::Error| format!("the message bus does not work: {error}");
+    connection.object_server().at(PATH, manager).await.map_err(failed)?;
+    tokio::spawn(publish(connection.clone(), published));
+    tokio::spawn(follow(systemd, units, happened, sender));
+    let alone = RequestNameFlags::DO_NOT_QUEUE;
+    connection.request_name_with_flags(NAME, alone).await.map_err(|error| match error {
+        zbus::Error::NameTaken => format!("{NAME} is taken: another plimsolld runs"),
+        error => format!("the name {NAME} can't be had: {error}"),
+    })?;
+    daemon.run(inputs).await
+}
+
+async fn connect(bus: Option<&str>) -> Result<Connection, String> {
+    let builder = match bus {
+        Some(address) => zbus::connection::Builder::address(address),
+        None => zbus::connection::Builder::system(),
+    };
+    builder.build().await.map_err(|error| format!("no connection to the message bus: {error}"))
+}
+
+/// Looks at what of the models' files is in the page cache.
+fn survey(catalog: &Arc<RealCatalog>, cache: &Arc<PageCache>) -> Arc<dyn Fn() + Send + Sync> {
+    let (catalog, cache) = (Arc::clone(catalog), Arc::clone(cache));
+    Arc::new(move || cache.look(&catalog.model_files()))
 }

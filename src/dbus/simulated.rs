@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use super::authorize::Authority;
 use super::service::{Manager, publish};
 use super::{BUS_ADDRESS_VARIABLE, NAME, PATH};
+use crate::action::notify::Notifier;
 use crate::daemon::{Daemon, Input, Parts, signals};
 use crate::policy::{Core, Saved};
 use crate::sim::{Scenario, SimCatalog, SimPorts};
@@ -84,9 +85,7 @@ pub async fn simulate(scenario: &Path, bus: Option<&str>) -> Result<(), String> 
         mode: None,
         store: None,
         survey: None,
-        pulse: None,
-        pulse_interval: None,
-        say: Box::new(|_| {}),
+        notifier: Notifier::from_environment(),
     };
     let (daemon, handle, published) = Daemon::new(parts, sender);
     let owner = nix::unistd::geteuid().as_raw();
@@ -102,6 +101,5 @@ pub async fn simulate(scenario: &Path, bus: Option<&str>) -> Result<(), String> 
     if own.is_some() {
         println!("{BUS_ADDRESS_VARIABLE}={address}");
     }
-    daemon.run(inputs).await;
-    Ok(())
+    daemon.run(inputs).await
 }

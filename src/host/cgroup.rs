@@ -142,6 +142,12 @@ impl Host {
         text.trim().parse().map(Bytes).map_err(|_| self.content(&path, "a number of bytes"))
     }
 
+    /// CPU time used by a group so far, from cpu.stat; microseconds.
+    pub fn cpu_usec(&self, group: &ControlGroup) -> Result<u64, HostError> {
+        let path = group.file("cpu.stat");
+        flat_keyed(&self.read(&path)?, "usage_usec").ok_or_else(|| self.content(&path, "usage_usec"))
+    }
+
     /// The group's memory.events.
     pub fn memory_events(&self, group: &ControlGroup) -> Result<MemoryEvents, HostError> {
         let text = self.read(&group.file("memory.events"))?;

@@ -1,5 +1,8 @@
 //! Identity of processes and of this boot.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
 use super::{ControlGroup, Host, HostError};
 
 impl Host {
@@ -31,5 +34,30 @@ impl Host {
         group
             .and_then(|group| group.parse().ok())
             .ok_or_else(|| self.content(&path, "a control group of version 2"))
+    }
+}
+
+/// The program that a process runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Executable {
+    /// Where it was when it was started; none where that can't be told.
+    pub path: Option<PathBuf>,
+    /// `st_dev` of its file.
+    pub device: u64,
+    /// `st_ino` of its file.
+    pub inode: u64,
+}
+
+impl Host {
+    /// The program that process `pid` runs, from /proc/PID/exe.
+    pub fn executable(&self, pid: u32) -> Result<Executable, HostError> {
+        let path = self.path(&format!("/proc/{pid}/exe"));
+        let about =
+            std::fs::metadata(&path).map_err(|source| HostError::Read { path: path.clone(), source })?;
+        // The kernel marks a file that was replaced meanwhile.
+        let name =
+            std::fs::read_link(&path).ok().and_then(|target| target.into_os_string().into_string().ok());
+        let name = name.map(|name| PathBuf::from(name.strip_suffix(" (deleted)").unwrap_or(&name)));
+        Ok(Executable { path: name, device: about.dev(), inode: about.ino() })
     }
 }

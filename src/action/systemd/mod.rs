@@ -222,6 +222,41 @@ impl Systemd {
         Ok(stop_is_queued(jobs) || bounded("SystemState", self.manager.system_state()).await? == "stopping")
     }
 
+    /// Starts a unit and waits until it has started, or has not. Unbounded: loads take as long as
+    /// they take, and systemd's own time-out holds.
+    pub async fn start_to_end(&self, unit: &str) -> Result<(), SystemdError> {
+        let this_unit = [(2, unit)];
+        let removed = self.manager.receive_job_removed_with_args(&this_unit);
+        let mut removed = bounded("AddMatch", removed).await?;
+        let job = bounded("StartUnit", self.manager.start_unit(unit, "replace")).await?;
+        while let Some(signal) = next(&mut removed).await {
+            if let Ok(ended) = signal.args()
+                && ended.job == job
+            {
+                let result = ended.result.clone();
+                let failed = || SystemdError::Job { kind: "start", unit: unit.to_owned(), result };
+                return if ended.result == "done" { Ok(()) } else { Err(failed()) };
+            }
+        }
+        Err(SystemdError::Bus("the bus is gone".to_owned()))
+    }
+
+    /// Whether a person started the unit: the machine is not booting, and it is not a restart
+    /// after a crash.
+    pub async fn is_explicit_start(&self, unit: &str) -> Result<bool, SystemdError> {
+        let (_, service) = bounded("GetProperties", self.proxies(&unit_path(unit))).await?;
+        let restarts = bounded("GetProperties", service.n_restarts()).await?;
+        let system = bounded("SystemState", self.manager.system_state()).await?;
+        Ok(restarts == 0 && !matches!(system.as_str(), "initializing" | "starting"))
+    }
+
+    /// How long systemd gives a unit to stop, before it kills it.
+    pub async fn stop_timeout(&self, unit: &str) -> Result<Option<Duration>, SystemdError> {
+        let (_, service) = bounded("GetProperties", self.proxies(&unit_path(unit))).await?;
+        let usec = bounded("GetProperties", service.timeout_stop_usec()).await?;
+        Ok((usec != u64::MAX).then(|| Duration::from_micros(usec)))
+    }
+
     /// Queues the start of a unit; how it ends comes from [`Self::watch`].
     pub async fn start(&self, unit: &str) -> Result<(), SystemdError> {
         bounded("StartUnit", self.manager.start_unit(unit, "replace")).await.map(drop)

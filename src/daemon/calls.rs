@@ -1,0 +1,336 @@
+//! Calls: from the bus through the decisions and back.
+
+use std::sync::Arc;
+
+use super::handle::{Asker, Fault, LoadOptions};
+use super::input::{Command, Input, Publication, Purpose, Waiting, Weighed};
+use super::jobs::{Job, JobKind};
+use super::run::{Daemon, FIRST_TICKET};
+use super::view;
+use crate::bytes::Bytes;
+use crate::config::Instance;
+use crate::ledger::{Footprint, Machine, UnitState};
+use crate::policy::core::Effect;
+use crate::policy::{Action, ActionId, Event, Outcome, Refusal, Request, Rung};
+use crate::ports::{CatalogError, Wish};
+
+/// How long the options of a load wait for its unit to ask; milliseconds.
+const ONE_SHOT: u64 = 60_000;
+
+impl Daemon {
+    pub(super) fn command(&mut self, command: Command) {
+        let now = self.parts.ports.now();
+        match command {
+            Command::Admit { asker, files, environment, reply } => {
+                let wish = self.wish(&asker, now);
+                let wish = Arc::new(Wish { files, environment, ..wish });
+                self.next_ticket += 1;
+                let ticket = self.next_ticket;
+                self.forget(&asker.instance, "the unit has asked again");
+                self.waiting
+                    .insert(ticket, Waiting { wish: Arc::clone(&wish), asked: false, reply: Some(reply) });
+                self.weigh(Purpose::Admit(ticket), wish);
+            }
+            Command::Load(job, options) => {
+                if options == LoadOptions::default() {
+                    self.one_shot.remove(&job.instance);
+                } else {
+                    self.one_shot.insert(job.instance.clone(), (options, now + ONE_SHOT));
+                }
+                self.restoring.remove(&job.instance);
+                let effect = Effect::Start(job.instance.clone());
+                self.begin_job(job, effect);
+            }
+            Command::Unload(job) => {
+                self.step(Event::Unwanted(job.instance.clone()));
+                let effect = Effect::Stop(job.instance.clone());
+                self.begin_job(job, effect);
+            }
+            Command::Pin(instance, pinned, reply) => {
+                self.step(Event::Pin(instance.model, pinned));
+                let _ = reply.send(());
+            }
+            Command::SetMode(mode, reply) => {
+                self.mode = Some(mode);
+                let rulebook = self.rulebook.clone();
+                self.apply(&rulebook);
+                self.save_now();
+                let _ = reply.send(());
+            }
+            Command::Plan(request, reply) => {
+                let machine = self.observe();
+                let request = self.completed(*request);
+                let planned = self.core.preview(&request, &machine, now);
+                let _ = reply.send(view::planned(&request, planned, now));
+            }
+            Command::Status(models, problems, reply) => {
+                let machine = self.observe();
+                let _ = reply.send(view::status(&self.core, &machine, &models, problems));
+            }
+            Command::Explain(instance, reply) => {
+                let last = self.core.decisions().rev().find(|decision| decision.instance == instance);
+                let _ = reply.send(last.cloned());
+            }
+        }
+    }
+
+    /// What an asker wishes, with the options of the load that started it.
+    pub(super) fn wish(&mut self, asker: &Asker, now: u64) -> Wish {
+        self.one_shot.retain(|_, (_, until)| *until > now);
+        let (options, _) = self.one_shot.remove(&asker.instance).unwrap_or_default();
+        let returning = self.restoring.remove(&asker.instance).is_some_and(|at| now < at + ONE_SHOT);
+        Wish {
+            instance: Some(asker.instance.clone()),
+            invocation: asker.invocation.clone(),
+            context: options.context,
+            instead_of: options.instead_of,
+            force: options.force,
+            explicit: asker.explicit && !returning,
+            ..Wish::default()
+        }
+    }
+
+    /// The simulated gate asks by itself; options of a load hold for it as well.
+    pub(super) fn simulated_ask(&mut self, ticket: u64, request: Box<Request>) {
+        let now = self.parts.ports.now();
+        let asker = Asker {
+            instance: request.instance.clone(),
+            invocation: request.invocation.clone(),
+            explicit: request.explicit,
+        };
+        if !self.one_shot.contains_key(&asker.instance) {
+            let request = Box::new(self.completed(*request));
+            self.step(Event::Ask { ticket, request });
+            return;
+        }
+        let wish = Arc::new(self.wish(&asker, now));
+        self.waiting.insert(ticket, Waiting { wish: Arc::clone(&wish), asked: false, reply: None });
+        self.weigh(Purpose::Admit(ticket), wish);
+    }
+
+    pub(super) fn begin_job(&mut self, job: Job, effect: Effect) {
+        let text = match job.kind {
+            JobKind::Load => "starting",
+            JobKind::Unload => "stopping",
+        };
+        self.tell(Publication::JobProgress(job.number, text.to_owned()));
+        let id = self.jobs.begin(job);
+        self.perform(id, effect);
+    }
+
+    pub(super) fn done(&mut self, id: ActionId, outcome: Outcome) {
+        match self.jobs.end(id, &outcome) {
+            // First the ledger, then the word that it is done.
+            Some((job, result, message)) => {
+                self.step(Event::Tick);
+                self.tell(Publication::JobEnded(job, result, message));
+            }
+            None => {
+                if let Outcome::Failed(why) = &outcome {
+                    tracing::warn!("{why}");
+                }
+                self.step(Event::Done { id, outcome });
+            }
+        }
+    }
+
+    /// Works out a request on another thread.
+    pub(super) fn weigh(&self, purpose: Purpose, wish: Arc<Wish>) {
+        let catalog = Arc::clone(&self.parts.catalog);
+        let survey = self.parts.survey.clone();
+        let gpus = self.machine.gpus.clone();
+        let sender = self.sender.clone();
+        tokio::spawn(async move {
+            let work = move || {
+                let request = catalog.request(&wish, &gpus);
+                if let Some(survey) = survey {
+                    survey();
+                }
+                (request, catalog.rulebook())
+            };
+            let (request, rules) = match tokio::task::spawn_blocking(work).await {
+                Ok(done) => done,
+                Err(error) => {
+                    (Err(CatalogError::Config(format!("the daemon failed to read the model: {error}"))), None)
+                }
+            };
+            let _ = sender.send(Input::Weighed(Box::new(Weighed { purpose, request, rules })));
+        });
+    }
+
+    pub(super) fn weighed(&mut self, weighed: Weighed) {
+        if let Some(rules) = weighed.rules {
+            self.configure(rules, false);
+        }
+        match weighed.purpose {
+            Purpose::Adopt(instance) => {
+                let Some(invocation) = self.adopting.remove(&instance) else { return };
+                let request = weighed.request.unwrap_or_else(|error| {
+                    tracing::warn!("{instance} runs, but its size is unknown: {error}");
+                    unknown(&instance, &invocation)
+                });
+                tracing::info!("{instance} runs already and is taken into the ledger");
+                let request = self.completed(request);
+                self.step(Event::Adopt { request: Box::new(request) });
+            }
+            Purpose::Admit(ticket) => {
+                // The asker may be gone, or have asked again.
+                let Some(waiting) = self.waiting.get_mut(&ticket) else { return };
+                waiting.asked = true;
+                match weighed.request {
+                    Ok(request) => {
+                        let request = Box::new(self.completed(request));
+                        self.step(Event::Ask { ticket, request });
+                    }
+                    Err(error) => self.fail(ticket, Fault::Catalog(error)),
+                }
+            }
+        }
+    }
+
+    /// A request with what only the state and the machine can tell: pins, and the administrator's
+    /// limit on the unit.
+    pub(super) fn completed(&self, mut request: Request) -> Request {
+        if let Some(pinned) = self.core.pins().get(&request.instance.model) {
+            request.pinned = *pinned;
+        }
+        let unit = self.machine.units.get(&request.instance);
+        request.unit_limit = request.unit_limit.or(unit.and_then(|unit| unit.admin_limit));
+        request
+    }
+
+    /// A running instance without a reservation is taken into the ledger.
+    pub(super) fn weigh_adoption(&mut self, instance: Instance, invocation: String) {
+        if self.adopting.contains_key(&instance) || self.core.holders().contains_key(&instance) {
+            return;
+        }
+        let wish =
+            Wish { instance: Some(instance.clone()), invocation: invocation.clone(), ..Wish::default() };
+        self.adopting.insert(instance.clone(), invocation);
+        self.weigh(Purpose::Adopt(instance), Arc::new(wish));
+    }
+
+    /// Ends the calls of an instance that will never be answered.
+    pub(super) fn forget(&mut self, instance: &Instance, why: &str) {
+        let of: Vec<u64> = self
+            .waiting
+            .iter()
+            .filter(|(_, waiting)| waiting.wish.instance.as_ref() == Some(instance))
+            .map(|(ticket, _)| *ticket)
+            .collect();
+        for ticket in of {
+            self.fail(ticket, Fault::Busy(why.to_owned()));
+        }
+    }
+
+    pub(super) fn fail(&mut self, ticket: u64, fault: Fault) {
+        let Some(waiting) = self.waiting.remove(&ticket) else { return };
+        if let Some(instance) = &waiting.wish.instance {
+            self.jobs.refused(instance, &fault.to_string());
+        }
+        if let Some(reply) = waiting.reply {
+            let _ = reply.send(Err(fault));
+        }
+    }
+
+    /// Calls whose unit is gone have nobody left in the decisions that would answer them.
+    pub(super) fn drop_the_gone(&mut self) {
+        let answered: Vec<u64> = self
+            .outbox
+            .iter()
+            .filter_map(|action| match action {
+                Action::Answer { ticket, .. } => Some(*ticket),
+                _ => None,
+            })
+            .collect();
+        let core = &self.core;
+        let gone: Vec<u64> = self
+            .waiting
+            .iter()
+            .filter(|(ticket, waiting)| {
+                let waits =
+                    core.waiting().any(|(instance, _)| Some(instance) == waiting.wish.instance.as_ref());
+                waiting.asked && !waits && !answered.contains(ticket)
+            })
+            .map(|(ticket, _)| *ticket)
+            .collect();
+        for ticket in gone {
+            self.fail(ticket, Fault::Busy("the unit's start has ended meanwhile".to_owned()));
+        }
+    }
+
+    /// What runs has a reservation, whoever started it.
+    pub(super) fn adopt_the_unknown(&mut self, machine: &Machine) {
+        let unknown: Vec<(Instance, String)> = machine
+            .units
+            .iter()
+            .filter(|(instance, unit)| {
+                unit.state == UnitState::Active && !self.core.holders().contains_key(*instance)
+            })
+            .map(|(instance, unit)| (instance.clone(), unit.invocation.clone()))
+            .collect();
+        for (instance, invocation) in unknown {
+            self.weigh_adoption(instance, invocation);
+        }
+    }
+
+    pub(super) fn answer(&mut self, ticket: u64, answer: Result<u64, Box<Refusal>>) {
+        let Some(waiting) = self.waiting.remove(&ticket) else {
+            if ticket < FIRST_TICKET {
+                self.parts.ports.answered(ticket, answer);
+            }
+            return;
+        };
+        let Some(instance) = waiting.wish.instance.clone() else { return };
+        let context = match (&answer, waiting.reply.is_some()) {
+            (Err(refusal), _) => {
+                self.jobs.refused(&instance, &refusal.to_string());
+                None
+            }
+            (Ok(context), _) => Some(*context),
+        };
+        let Some(reply) = waiting.reply else {
+            self.parts.ports.answered(ticket, answer);
+            return;
+        };
+        let Some(context) = context else {
+            let refused = answer.err().map_or_else(|| Fault::Failed(String::new()), Fault::Refused);
+            let _ = reply.send(Err(refused));
+            return;
+        };
+        for job in self.jobs.loads_of(&instance) {
+            self.tell(Publication::JobProgress(job, format!("loading at context {context}")));
+        }
+        let catalog = Arc::clone(&self.parts.catalog);
+        let gpus = self.machine.gpus.clone();
+        let wish = waiting.wish;
+        tokio::spawn(async move {
+            let launch = tokio::task::spawn_blocking(move || catalog.launch(&wish, context, &gpus)).await;
+            let _ = reply.send(match launch {
+                Ok(launch) => launch.map_err(Fault::Catalog),
+                Err(error) => Err(Fault::Failed(format!("the daemon has a fault: {error}"))),
+            });
+        });
+    }
+}
+
+/// A request for what runs and is not understood: it is charged for as it is measured.
+fn unknown(instance: &Instance, invocation: &str) -> Request {
+    Request {
+        instance: instance.clone(),
+        invocation: invocation.to_owned(),
+        priority: crate::config::DEFAULT_PRIORITY,
+        pinned: false,
+        ladder: vec![Rung { context: 0, footprint: Footprint::default() }],
+        advice: Vec::new(),
+        ttl: None,
+        reload: Bytes::ZERO,
+        may_swap: false,
+        instead_of: Default::default(),
+        stuck: Default::default(),
+        force: false,
+        explicit: false,
+        unknown: None,
+        unit_limit: None,
+    }
+}

@@ -1,0 +1,271 @@
+//! The configured models: what each would take, and what to execute for it.
+
+mod files;
+mod ladder;
+mod price;
+mod sources;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use files::{Headers, Known};
+use ladder::{Asked, contexts};
+use sources::Sources;
+
+use crate::bytes::Bytes;
+use crate::config::{self, Instance, Loaded, Model, ModelName, NotFound, Reserve, Workload};
+use crate::engine::{self, Effective, Purpose};
+use crate::fit::{Facts, FitError};
+use crate::ledger::{Footprint, Gpu, GpuKind};
+use crate::policy::{Mode, Peers, Request, Rung};
+use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Rulebook, Wish};
+
+/// [`Catalog`] over the configuration below a root directory.
+pub struct RealCatalog {
+    sources: Mutex<Sources>,
+    headers: Mutex<Headers>,
+}
+
+/// A model on its way to a request.
+struct Subject {
+    instance: Instance,
+    loaded: Arc<Loaded>,
+    settings: Arc<config::Daemon>,
+    name: ModelName,
+}
+
+impl Subject {
+    fn model(&self) -> Result<&Model, CatalogError> {
+        let gone = || CatalogError::NotFound(format!("there is no model '{}'", self.name));
+        self.loaded.models.get(&self.name).ok_or_else(gone)
+    }
+}
+
+impl From<NotFound> for CatalogError {
+    fn from(error: NotFound) -> Self {
+        match error {
+            NotFound::Broken { .. } => Self::Config(error.to_string()),
+            NotFound::Name(_) | NotFound::Unknown { .. } => Self::NotFound(error.to_string()),
+        }
+    }
+}
+
+fn config_error(error: impl ToString) -> CatalogError {
+    CatalogError::Config(error.to_string())
+}
+
+impl RealCatalog {
+    /// The models configured below `root`, `/` for this machine.
+    #[must_use]
+    pub fn new(root: &Path) -> Self {
+        Self { sources: Mutex::new(Sources::new(root)), headers: Mutex::default() }
+    }
+
+    /// The files of all models that are configured, as far as they are known by name.
+    #[must_use]
+    pub fn model_files(&self) -> Vec<PathBuf> {
+        let (loaded, _) = self.current();
+        let paths = loaded.models.values().filter_map(|model| model.model.as_deref());
+        paths.flat_map(|path| crate::gguf::shard_paths(path).unwrap_or_default()).collect()
+    }
+
+    fn current(&self) -> (Arc<Loaded>, Arc<config::Daemon>) {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner).current()
+    }
+
+    fn subject(&self, wish: &Wish) -> Result<Subject, CatalogError> {
+        let none = || CatalogError::NotFound("no model was named".to_owned());
+        let instance = wish.instance.clone().ok_or_else(none)?;
+        let (loaded, settings) = self.current();
+        let name = loaded.instance(&instance.to_string())?.1.name.clone();
+        Ok(Subject { instance, loaded, settings, name })
+    }
+
+    /// The settings and the facts of a llama-server's model, and bytes of files loaded beside it.
+    fn opened(&self, model: &Model, wish: &Wish) -> Result<(Effective, Arc<Known>, u64), CatalogError> {
+        let effective = engine::effective(model, &wish.environment).map_err(config_error)?;
+        let needed = engine::files(model, Some(&effective)).map_err(config_error)?;
+        let known = files::known(&self.headers, files::opened(&needed, &wish.files)?)?;
+        // Their buffers are not known here: a quarter on top of their weights is a bound for them.
+        let beside = files::bytes_of(&needed, &[Purpose::Projector, Purpose::Draft, Purpose::Adapter]);
+        Ok((effective, known, beside.saturating_add(beside / 4)))
+    }
+}
+
+/// The facts, or why the size is unknown; an error where the file is no model at all.
+fn facts(known: &Known) -> Result<Result<&Facts, String>, CatalogError> {
+    match &known.facts {
+        Ok(facts) if facts.known => Ok(Ok(facts)),
+        Ok(facts) => Ok(Err(format!("the architecture {} is unknown", facts.architecture))),
+        Err(FitError::Unknown(why)) => Ok(Err(why.clone())),
+        Err(error) => Err(config_error(error)),
+    }
+}
+
+/// What is declared instead of estimated.
+fn declared(model: &Model, memory: Bytes, gpus: &[Gpu]) -> Footprint {
+    let gpu = model.gpu_memory.unwrap_or_default();
+    let unified = gpus.first().is_none_or(|gpu| gpu.kind == GpuKind::Unified);
+    Footprint {
+        // GPU memory of an APU is part of what was declared.
+        private: if unified { memory - gpu } else { memory },
+        mapped: Vec::new(),
+        gpus: if gpu.is_zero() { Vec::new() } else { vec![gpu] },
+    }
+}
+
+fn asked(model: &Model, effective: &Effective, wish: &Wish, facts: &Facts) -> Asked {
+    let context = effective.settings.context;
+    Asked {
+        once: wish.context,
+        configured: (context > 0).then_some(context),
+        least: model.context_min,
+        trained: facts.context_train,
+        slots: effective.settings.parallel.map_or(1, u64::from),
+    }
+}
+
+impl Catalog for RealCatalog {
+    fn models(&self) -> Vec<ModelInfo> {
+        let (loaded, _) = self.current();
+        let good = loaded.models.values().map(info);
+        let broken = loaded.broken.iter().map(|(name, problems)| ModelInfo {
+            name: Some(name.clone()),
+            broken: problems.iter().find(|problem| problem.is_error()).map(ToString::to_string),
+            ..ModelInfo::default()
+        });
+        good.chain(broken).collect()
+    }
+
+    fn resolve(&self, text: &str) -> Result<Instance, CatalogError> {
+        let (loaded, _) = self.current();
+        Ok(loaded.instance(text)?.0)
+    }
+
+    fn rulebook(&self) -> Option<Rulebook> {
+        let (loaded, settings) = self.current();
+        let known = loaded.models.values().map(|model| (model.name.clone(), model.priority));
+        // A model whose file is broken just now is still owed its return.
+        let broken = loaded.broken.keys().map(|name| (name.clone(), config::DEFAULT_PRIORITY));
+        Some(Rulebook {
+            mode: match settings.mode {
+                config::Mode::Enforce => Mode::Enforce,
+                config::Mode::Observe => Mode::Observe,
+            },
+            reserve: match settings.reserve {
+                Reserve::Auto => None,
+                Reserve::Size(size) => Some(size),
+            },
+            peers: match settings.peers {
+                config::Peers::Keep => Peers::Keep,
+                config::Peers::ReplaceIdle => Peers::ReplaceIdle,
+            },
+            priorities: broken.chain(known).collect(),
+            problems: loaded.problems.iter().map(ToString::to_string).collect(),
+        })
+    }
+
+    fn reload(&self) -> Vec<String> {
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        sources.read();
+        let (loaded, _) = sources.current();
+        loaded.problems.iter().filter(|problem| problem.is_error()).map(ToString::to_string).collect()
+    }
+
+    fn request(&self, wish: &Wish, gpus: &[Gpu]) -> Result<Request, CatalogError> {
+        let subject = self.subject(wish)?;
+        let model = subject.model()?;
+        let mut request = Request {
+            instance: subject.instance.clone(),
+            invocation: wish.invocation.clone(),
+            priority: model.priority,
+            pinned: model.pinned,
+            ladder: Vec::new(),
+            advice: Vec::new(),
+            ttl: model.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
+            reload: Bytes::ZERO,
+            may_swap: model.workload == Workload::Batch,
+            instead_of: wish.instead_of.clone(),
+            stuck: Default::default(),
+            force: wish.force,
+            explicit: wish.explicit,
+            unknown: None,
+            unit_limit: None,
+        };
+        let declared = model.memory.map(|memory| {
+            let context = wish.context.or(model.context).unwrap_or_default();
+            Rung { context, footprint: declared(model, memory, gpus) }
+        });
+        if model.command.is_some() {
+            request.reload = declared.as_ref().map(|rung| rung.footprint.total()).unwrap_or_default();
+            request.ladder.extend(declared);
+            return Ok(request);
+        }
+        let (effective, known, beside) = self.opened(model, wish)?;
+        request.reload = Bytes(known.file_bytes);
+        if let Some(declared) = declared {
+            request.ladder.push(declared);
+            return Ok(request);
+        }
+        let facts = match facts(&known)? {
+            Ok(facts) => facts,
+            Err(why) => {
+                request.unknown = Some(why);
+                return Ok(request);
+            }
+        };
+        let files = known.files();
+        let price = |context: u64| {
+            let (settings, estimate) = price::choose(facts, &effective, context, gpus)?;
+            let footprint = price::charge(&estimate, &files, &settings, gpus, beside);
+            Ok(Rung { context, footprint })
+        };
+        let contexts = contexts(asked(model, &effective, wish, facts));
+        let ladder: Result<Vec<Rung>, FitError> = contexts.allowed.into_iter().map(price).collect();
+        match ladder {
+            Ok(ladder) => request.ladder = ladder,
+            Err(FitError::Unknown(why)) => {
+                request.unknown = Some(why);
+                return Ok(request);
+            }
+            Err(error) => return Err(config_error(error)),
+        }
+        request.advice = contexts.advised.into_iter().filter_map(|context| price(context).ok()).collect();
+        Ok(request)
+    }
+
+    fn launch(&self, wish: &Wish, context: u64, gpus: &[Gpu]) -> Result<Launch, CatalogError> {
+        let subject = self.subject(wish)?;
+        let model = subject.model()?;
+        let launch = if model.command.is_some() {
+            engine::Launch::command(model, &subject.instance).map_err(config_error)?
+        } else {
+            let (effective, known, _) = self.opened(model, wish)?;
+            let settings = match facts(&known)? {
+                Ok(facts) if context > 0 => {
+                    price::choose(facts, &effective, context, gpus).map_err(config_error)?.0
+                }
+                // Its size is unknown or declared: the engine gets what is configured, as it is.
+                _ => effective.settings.clone(),
+            };
+            let executable = engine::locate(model, &subject.settings).map_err(config_error)?;
+            engine::Launch::llama_server(model, &subject.instance, &executable, &effective, &settings, None)
+                .map_err(config_error)?
+        };
+        Ok(Launch { argv: launch.argv, environment: launch.environment })
+    }
+}
+
+fn info(model: &Model) -> ModelInfo {
+    ModelInfo {
+        name: Some(model.name.clone()),
+        priority: model.priority,
+        pinned: model.pinned,
+        context: model.context.unwrap_or_default(),
+        parallel: u64::from(model.parallel),
+        address: format!("{}:{}", model.host, model.port),
+        aliases: model.aliases.iter().map(ToString::to_string).collect(),
+        modes: model.modes.clone(),
+        broken: None,
+    }
+}

@@ -1,0 +1,91 @@
+//! What a model takes at a context length, with everything chosen that is left open.
+
+use crate::engine::Effective;
+use crate::fit::{self, Budget, Device, DeviceKind, Devices, Estimate, Facts, FitError, Settings};
+use crate::ledger::{FileId, Footprint, Gpu, GpuKind};
+use crate::policy::verdict::footprint;
+
+/// What an automatic prompt cache and automatic context checkpoints may take together, as a share
+/// of everything else that the model takes. It is counted, so it is small; llama-server's own
+/// default of 8 GiB whatever the model would refuse models that fit.
+const SHARE: u64 = 16;
+/// llama-server's own default, which an automatic cache never exceeds; MiB.
+const MOST_CACHE_MIB: u64 = 8192;
+/// Numbers of context checkpoints to choose from; the first is llama-server's own default.
+const CHECKPOINTS: [u32; 6] = [32, 16, 8, 4, 2, 1];
+
+/// The devices of a machine as an engine sees them.
+pub(super) fn devices(gpus: &[Gpu]) -> Devices {
+    let device = |(n, gpu): (usize, &Gpu)| {
+        let kind = match gpu.kind {
+            GpuKind::Unified => DeviceKind::Unified,
+            GpuKind::Discrete => DeviceKind::Discrete,
+        };
+        Device::new(&format!("GPU{n}"), kind, gpu.total.0, (gpu.total - gpu.used).0)
+    };
+    Devices { list: gpus.iter().enumerate().map(device).collect() }
+}
+
+/// The settings to run with at `context`, and what they take.
+///
+/// Layers on the GPU are chosen by the sizes of its memory, not by what is free of it just now:
+/// making room is what the decisions are for.
+pub(super) fn choose(
+    facts: &Facts,
+    effective: &Effective,
+    context: u64,
+    gpus: &[Gpu],
+) -> Result<(Settings, Estimate), FitError> {
+    let devices = devices(gpus);
+    let budget = Budget {
+        host: u64::MAX,
+        gpu: gpus.iter().map(|gpu| gpu.total.0).fold(0, u64::saturating_add),
+        unified: false,
+        mapped_resident: true,
+    };
+    let settings = Settings { context, ..effective.settings.clone() };
+    let placement = fit::place(facts, &settings, &devices, &budget)?;
+    let (mut settings, mut estimate) = (placement.settings, placement.estimate);
+    let automatic = effective.automatic;
+    if !automatic.prompt_cache && !automatic.context_checkpoints {
+        return Ok((settings, estimate));
+    }
+    let mut share = estimate.bytes.total_bytes / SHARE;
+    if automatic.context_checkpoints {
+        for count in CHECKPOINTS {
+            let with = Settings { context_checkpoints: count, ..settings.clone() };
+            let priced = fit::estimate(facts, &with, &devices)?;
+            if priced.extras.checkpoint_bytes <= share / 2 {
+                share -= priced.extras.checkpoint_bytes;
+                (settings, estimate) = (with, priced);
+                break;
+            }
+        }
+    }
+    if automatic.prompt_cache {
+        settings.prompt_cache_mib = Some((share >> 20).min(MOST_CACHE_MIB));
+        estimate = fit::estimate(facts, &settings, &devices)?;
+    }
+    Ok((settings, estimate))
+}
+
+/// An estimate as the ledger counts it. `beside` are bytes of files that are loaded as well and
+/// have no estimate of their own: they count where the model's layers are.
+pub(super) fn charge(
+    estimate: &Estimate,
+    files: &[FileId],
+    settings: &Settings,
+    gpus: &[Gpu],
+    beside: u64,
+) -> Footprint {
+    let devices = devices(gpus);
+    let position = |device: &&Device| devices.list.iter().position(|d| d.name == device.name);
+    let used: Vec<usize> = devices.used(settings).iter().filter_map(position).collect();
+    let mut footprint = footprint(estimate, files, &used);
+    let beside = crate::bytes::Bytes(beside);
+    match used.first().and_then(|first| footprint.gpus.get_mut(*first)) {
+        Some(gpu) if estimate.gpu_layers > 0 => *gpu += beside,
+        _ => footprint.private += beside,
+    }
+    footprint
+}

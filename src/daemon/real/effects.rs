@@ -1,0 +1,117 @@
+//! What is done to the machine, each bounded in time.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::page_cache::PageCache;
+use super::store::Files;
+use super::units::Units;
+use crate::action::systemd::{Systemd, SystemdError};
+use crate::config::Instance;
+use crate::host::{ControlGroup, Host};
+use crate::ledger::{FileId, UnitState};
+use crate::policy::Limits;
+use crate::policy::core::Effect;
+
+/// How long a unit may take to stop where systemd sets no limit.
+const STOP: Duration = Duration::from_secs(90);
+/// What systemd itself needs beyond its own limit, to kill and to clean up.
+const SLACK: Duration = Duration::from_secs(15);
+
+/// The means to do it.
+#[derive(Clone)]
+pub struct Effects {
+    /// systemd.
+    pub systemd: Systemd,
+    /// Where control groups are found.
+    pub host: Host,
+    /// The units as known.
+    pub units: Arc<Units>,
+    /// The models' files in the page cache.
+    pub cache: Arc<PageCache>,
+    /// Where limits are remembered.
+    pub files: Arc<Files>,
+    /// Looks at the page cache again. Blocks.
+    pub survey: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl Effects {
+    /// Does it, and waits for its end.
+    ///
+    /// # Errors
+    /// Why it was not possible, in one sentence.
+    pub async fn perform(&self, effect: Effect) -> Result<(), String> {
+        match effect {
+            Effect::DropCache(files) => self.drop_cache(files).await,
+            Effect::Stop(instance) => self.stop(&instance).await,
+            Effect::Start(instance) => self.start(&instance).await,
+            Effect::Limit(instance, limits) => self.limit(&instance, limits).await,
+        }
+    }
+
+    async fn drop_cache(&self, files: Vec<FileId>) -> Result<(), String> {
+        let cache = Arc::clone(&self.cache);
+        let freed = tokio::task::spawn_blocking(move || cache.drop_files(&files)).await;
+        let freed = freed.map_err(|error| format!("the page cache could not be dropped: {error}"))?;
+        tracing::info!("{freed} of cold page cache dropped");
+        Ok(())
+    }
+
+    async fn stop(&self, instance: &Instance) -> Result<(), String> {
+        let unit = instance.unit();
+        let limit = self.systemd.stop_timeout(&unit).await.ok().flatten().unwrap_or(STOP);
+        let group = self.group(instance);
+        let stopped = self.systemd.stop(&unit, group.as_deref(), limit + SLACK).await;
+        // The loop plans with what it sees: it shall see the end of the unit first.
+        let status = self.units.refresh(&self.systemd, instance).await;
+        let gone = status.is_ok_and(|s| matches!(s.state, UnitState::Inactive | UnitState::Failed));
+        let outcome = match stopped {
+            Ok(stopped) => {
+                if stopped.killed {
+                    tracing::warn!("{unit} did not stop in time and was killed");
+                }
+                Ok(())
+            }
+            Err(_) if gone => Ok(()),
+            Err(error) => Err(format!("{instance} could not be stopped: {error}")),
+        };
+        let survey = Arc::clone(&self.survey);
+        // Its weights may have stayed behind as page cache.
+        let _ = tokio::task::spawn_blocking(move || survey()).await;
+        outcome
+    }
+
+    async fn start(&self, instance: &Instance) -> Result<(), String> {
+        let unit = instance.unit();
+        let started = self.systemd.start_to_end(&unit).await;
+        let status = self.units.refresh(&self.systemd, instance).await;
+        let Err(error) = started else { return Ok(()) };
+        // What the unit says of itself is closer to the cause than systemd's word for it.
+        let said = status.ok().map(|status| status.status_text).filter(|said| !said.is_empty());
+        Err(match (&error, said) {
+            (SystemdError::Job { .. }, Some(said)) => format!("{instance} did not start: {said}"),
+            _ => format!("{instance} did not start: {error}"),
+        })
+    }
+
+    async fn limit(&self, instance: &Instance, limits: Limits) -> Result<(), String> {
+        let unit = instance.unit();
+        let group = self.group(instance);
+        let previous = self.units.applied(instance);
+        let set = self.systemd.set_limits(&unit, group.as_deref(), limits, previous).await;
+        let (applied, _) = set.map_err(|error| format!("{instance} runs without limits: {error}"))?;
+        let all = self.units.set_applied(instance, applied);
+        let files = Arc::clone(&self.files);
+        let saved = tokio::task::spawn_blocking(move || files.save_limits(&all)).await;
+        if let Ok(Err(error)) = saved {
+            tracing::warn!("{error}");
+        }
+        Ok(())
+    }
+
+    fn group(&self, instance: &Instance) -> Option<PathBuf> {
+        let group: ControlGroup = self.units.get(instance)?.control_group.parse().ok()?;
+        Some(self.host.group_directory(&group))
+    }
+}

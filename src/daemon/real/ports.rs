@@ -1,0 +1,130 @@
+//! [`Ports`] of the real machine.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
+
+use super::effects::Effects;
+use super::page_cache::PageCache;
+use super::units::Units;
+use crate::action::systemd::UnitStatus;
+use crate::config::Instance;
+use crate::host::{Card, ControlGroup, Host};
+use crate::ledger::{Gpu, Machine, Memory, Unit};
+use crate::policy::core::Effect;
+use crate::policy::{ActionId, Outcome, Refusal};
+use crate::ports::{Outcomes, Ports};
+
+/// The slice that all models run in.
+const SLICE: &str = "/llm.slice";
+
+/// The real machine: units as systemd last told, memory and GPUs read afresh.
+pub struct RealPorts {
+    host: Host,
+    units: Arc<Units>,
+    cache: Arc<PageCache>,
+    effects: Effects,
+    /// What was read last, for when a reading fails.
+    memory: Memory,
+    gpus: Vec<Gpu>,
+    complained: bool,
+}
+
+impl RealPorts {
+    /// This machine; `effects` are what is done to it.
+    ///
+    /// # Errors
+    /// One sentence: memory can't be read, without which nothing can be decided.
+    pub fn new(
+        host: Host,
+        units: Arc<Units>,
+        cache: Arc<PageCache>,
+        effects: Effects,
+    ) -> Result<Self, String> {
+        let memory = host.memory().map_err(|error| error.to_string())?;
+        Ok(Self { host, units, cache, effects, memory, gpus: Vec::new(), complained: false })
+    }
+
+    fn unit(&self, instance: &Instance, status: &UnitStatus, cards: &[Card]) -> Unit {
+        let mut unit = Unit {
+            state: status.state,
+            main_pid: status.main_pid,
+            invocation: status.invocation.clone(),
+            admin_limit: self.units.admin_limit(instance),
+            ..Unit::default()
+        };
+        if let Ok(group) = status.control_group.parse::<ControlGroup>() {
+            // A group that has just gone holds nothing.
+            unit.measured = self.host.measured(&group, cards).unwrap_or_default();
+            unit.cpu_usec = self.host.cpu_usec(&group).unwrap_or_default();
+        }
+        unit
+    }
+
+    /// The lowest limit on all models together, as it stands in the control group or as systemd
+    /// will set it when the first of them starts.
+    fn slice_limit(&self) -> Option<crate::bytes::Bytes> {
+        let group = SLICE.parse::<ControlGroup>().ok();
+        let set = group.and_then(|group| self.host.memory_limit(&group).ok()).flatten();
+        set.into_iter().chain(self.units.slice_limit()).min()
+    }
+}
+
+impl Ports for RealPorts {
+    fn now(&self) -> u64 {
+        let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default();
+        u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn observe(&mut self) -> Machine {
+        match self.host.memory() {
+            Ok(memory) => {
+                self.memory = memory;
+                self.complained = false;
+            }
+            // It worked before: the last reading has to do, said once.
+            Err(error) if !self.complained => {
+                tracing::error!("{error}; what was read before is taken");
+                self.complained = true;
+            }
+            Err(_) => {}
+        }
+        let cards = self.host.cards().unwrap_or_default();
+        let gpus: Vec<Gpu> = cards.iter().filter_map(Card::pool).collect();
+        if !gpus.is_empty() {
+            self.gpus = gpus;
+        }
+        let units: BTreeMap<Instance, Unit> = self
+            .units
+            .all()
+            .iter()
+            .map(|(instance, status)| (instance.clone(), self.unit(instance, status, &cards)))
+            .collect();
+        Machine {
+            memory: self.memory,
+            gpus: self.gpus.clone(),
+            slice_limit: self.slice_limit(),
+            units,
+            starting: self.units.starting(),
+            cached: self.cache.cached(),
+            stopping: self.units.stopping(),
+        }
+    }
+
+    fn perform(&mut self, id: ActionId, effect: Effect, done: Outcomes) {
+        let effects = self.effects.clone();
+        tokio::spawn(async move {
+            let outcome = match effects.perform(effect).await {
+                Ok(()) => Outcome::Done,
+                Err(why) => Outcome::Failed(why),
+            };
+            done(id, outcome);
+        });
+    }
+
+    fn answered(&mut self, _ticket: u64, _answer: Result<u64, Box<Refusal>>) {
+        // Every call at the real gate waits on the bus.
+    }
+}

@@ -1,0 +1,56 @@
+//! The rules that hold, from the configuration and from what was set by hand.
+
+use std::sync::Arc;
+
+use super::input::{Input, Publication};
+use super::run::Daemon;
+use crate::policy::request::auto_reserve;
+use crate::policy::{Action, Mode, Rules};
+use crate::ports::Rulebook;
+
+impl Daemon {
+    pub(super) fn configure(&mut self, rulebook: Rulebook, first: bool) {
+        if !first && rulebook == self.rulebook && self.mode_as(&rulebook) == self.core.rules().mode {
+            return;
+        }
+        for problem in rulebook.problems.iter().filter(|problem| !self.rulebook.problems.contains(problem)) {
+            tracing::warn!("configuration: {problem}");
+        }
+        self.apply(&rulebook);
+        self.rulebook = rulebook;
+    }
+
+    /// Has the configuration read again, on another thread.
+    pub(super) fn reload(&self) {
+        let _ = self.parts.notifier.reloading();
+        let catalog = Arc::clone(&self.parts.catalog);
+        let sender = self.sender.clone();
+        tokio::task::spawn_blocking(move || {
+            catalog.reload();
+            let _ = sender.send(Input::Reloaded(catalog.rulebook().map(Box::new)));
+        });
+    }
+
+    pub(super) fn mode_as(&self, rulebook: &Rulebook) -> Mode {
+        self.mode.unwrap_or(rulebook.mode)
+    }
+
+    pub(super) fn apply(&mut self, rulebook: &Rulebook) {
+        let mode = self.mode_as(rulebook);
+        let reserve = rulebook.reserve.unwrap_or_else(|| auto_reserve(&self.machine.memory));
+        let rules = Rules { reserve, mode, peers: rulebook.peers };
+        if mode != self.core.rules().mode {
+            tracing::info!("mode {mode:?}");
+            self.tell(Publication::Mode(mode));
+        }
+        self.core.configure(rules, rulebook.priorities.clone());
+        let _ = self.sender.send(Input::Changed);
+    }
+
+    pub(super) fn save_now(&mut self) {
+        // The decisions hand out what they need saved; the mode rides along with the next of them,
+        // or goes alone.
+        let saved = self.core.saved();
+        self.outbox.push_back(Action::Save(Box::new(saved)));
+    }
+}

@@ -1,0 +1,23 @@
+//! The daemon's own memory.
+
+/// Gives memory that is free inside of this process back to the system, where the C library has
+/// a call for it.
+pub fn release_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim takes a number and only touches the allocator's own structures.
+    unsafe {
+        nix::libc::malloc_trim(0);
+    }
+}
+
+/// Locks this process's pages, those that it has and those that it will touch, so that it can act
+/// when nothing can be read in.
+///
+/// # Errors
+/// Without CAP_IPC_LOCK the limit of locked memory (LimitMEMLOCK=) is too low.
+pub fn lock_memory() -> nix::Result<()> {
+    use nix::sys::mman::{MlockAllFlags, mlockall};
+    // Not in nix yet. On fault: what is never touched costs nothing.
+    let on_fault = MlockAllFlags::from_bits_retain(nix::libc::MCL_ONFAULT);
+    mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | on_fault)
+}
