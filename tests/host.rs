@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use plimsoll::bytes::{Bytes, GIB, KIB, MIB};
 use plimsoll::host::{Card, ControlGroup, Heap, Host, Stall};
 use plimsoll::ledger::{Gpu, GpuKind};
+use proptest::prelude::*;
 
 fn tree(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/host").join(name)
@@ -217,4 +218,80 @@ fn this_machine_can_be_read() {
     assert!(host.start_time(std::process::id()).unwrap() > 0);
     host.cards().unwrap();
     host.mounts().unwrap();
+}
+
+/// Lines that look somewhat like what the kernel writes, and bytes that don't.
+fn contents() -> impl Strategy<Value = Vec<u8>> {
+    let word = prop_oneof![
+        "[a-z_]{1,12}:?",
+        "-?[0-9]{1,24}",
+        prop::sample::select(vec![
+            "MemTotal:",
+            "MemAvailable:",
+            "MemFree:",
+            "kB",
+            "anon",
+            "file",
+            "kernel",
+            "unevictable",
+            "some",
+            "full",
+            "avg10=0.0",
+            "total=9",
+            "total=",
+            "drm-client-id:",
+            "drm-pdev:",
+            "drm-memory-gtt:",
+            "KiB",
+            "MiB",
+            "max",
+            "populated",
+            "0::/",
+            "/..",
+            "(",
+            ")",
+            "7",
+            "S",
+            "rw,relatime",
+            "-",
+            "\\04",
+            "\\777",
+            "\u{e9}",
+            "29 1 259:2 / / rw - ext4 a rw",
+        ])
+        .prop_map(str::to_owned),
+    ];
+    let line = prop::collection::vec(word, 0..14).prop_map(|words| words.join(" "));
+    prop_oneof![
+        prop::collection::vec(line, 0..20).prop_map(|lines| lines.join("\n").into_bytes()),
+        prop::collection::vec(any::<u8>(), 0..200),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn no_contents_make_it_panic(files in prop::collection::vec(contents(), 8)) {
+        let copy = Copy::of("hostile", "any");
+        let unit = "sys/fs/cgroup/llm.slice/llm@small.service";
+        for (path, contents) in [
+            "proc/meminfo", "proc/pressure/memory", "proc/self/mountinfo", "proc/7/stat", "proc/7/cgroup",
+            "proc/7/fdinfo/3", &format!("{unit}/memory.stat"), &format!("{unit}/cgroup.procs"),
+        ].into_iter().zip(&files) {
+            std::fs::write(copy.0.join(path), contents).unwrap();
+        }
+        for file in ["memory.current", "memory.max", "memory.events", "cgroup.events"] {
+            std::fs::write(copy.0.join(unit).join(file), &files[0]).unwrap();
+        }
+        for file in ["uevent", "gpu_metrics", "mem_info_gtt_total", "mem_info_vram_used"] {
+            std::fs::write(copy.0.join("sys/class/drm/card0/device").join(file), &files[1]).unwrap();
+        }
+        let host = Host::at(&copy.0);
+        let unit = group("/llm.slice/llm@small.service");
+        let cards = host.cards().unwrap();
+        let _ = (host.memory(), host.memory_pressure(), host.mounts(), host.mount_of(Path::new("/a")));
+        let _ = (host.start_time(7), host.group_of(7), host.drm_usage(&[7]), host.processes(&unit));
+        let _ = (host.measured(&unit, &cards), host.memory_current(&unit), host.memory_limit(&unit));
+        let _ = (host.memory_events(&unit), host.populated(&unit), host.gpus());
+    }
 }
