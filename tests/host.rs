@@ -268,11 +268,10 @@ fn contents() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
-    #[test]
-    fn no_contents_make_it_panic(files in prop::collection::vec(contents(), 8)) {
-        let copy = Copy::of("hostile", "any");
+#[test]
+fn no_contents_make_it_panic() {
+    let copy = Copy::of("hostile", "any");
+    proptest!(ProptestConfig::with_cases(48), |(files in prop::collection::vec(contents(), 8))| {
         let unit = "sys/fs/cgroup/llm.slice/llm@small.service";
         for (path, contents) in [
             "proc/meminfo", "proc/pressure/memory", "proc/self/mountinfo", "proc/7/stat", "proc/7/cgroup",
@@ -293,5 +292,5 @@ proptest! {
         let _ = (host.start_time(7), host.group_of(7), host.drm_usage(&[7]), host.processes(&unit));
         let _ = (host.measured(&unit, &cards), host.memory_current(&unit), host.memory_limit(&unit));
         let _ = (host.memory_events(&unit), host.populated(&unit), host.gpus());
-    }
+    });
 }
