@@ -7,6 +7,7 @@
 
 pub mod action;
 pub mod bytes;
+pub mod catalogue;
 pub mod cli;
 pub mod config;
 pub mod daemon;

@@ -16,6 +16,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("policy", 4),
     ("ledger", 3),
     ("engine", 3),
+    ("catalogue", 3),
     ("fit", 2),
     ("config", 2),
     ("gguf", 1),

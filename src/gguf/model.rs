@@ -76,7 +76,6 @@ impl Model {
     /// # Errors
     /// As [`Model::open`].
     pub fn from_files(files: Vec<(PathBuf, File)>) -> Result<Self, ModelError> {
-        let mut model: Option<Self> = None;
         let given = u32::try_from(files.len()).unwrap_or(u32::MAX);
         if let Some((first, _)) = files.first() {
             let expected = shard_paths(first)?;
@@ -85,8 +84,24 @@ impl Model {
                 return Err(ModelError::MissingShard { number: given + 1, count, path: missing.clone() });
             }
         }
-        for (index, (path, file)) in files.into_iter().enumerate() {
-            let (header, shard) = read_shard(path, &file, index)?;
+        let read = |(path, file): (PathBuf, File)| read_file(path, &file);
+        Self::join(files.into_iter().map(read).collect::<Result<_, _>>()?)
+    }
+
+    /// Makes a model of headers that were read elsewhere (over the network) or made up: a name or address, the
+    /// file's identity with its full length, and the header of each file, in the order of the shards.
+    ///
+    /// # Errors
+    /// The headers don't belong together, or a file is shorter than its header says.
+    pub fn from_headers(files: Vec<(PathBuf, Identity, Header)>) -> Result<Self, ModelError> {
+        Self::join(files)
+    }
+
+    fn join(files: Vec<(PathBuf, Identity, Header)>) -> Result<Self, ModelError> {
+        let given = u32::try_from(files.len()).unwrap_or(u32::MAX);
+        let mut model: Option<Self> = None;
+        for (index, (path, identity, header)) in files.into_iter().enumerate() {
+            let (header, shard) = shard(path, identity, header, index)?;
             let number = header.u64("split.no").ok().flatten().unwrap_or(0);
             let count = header.u64("split.count").ok().flatten().unwrap_or(0);
             let wrong = |what: String| Err(ModelError::Shards { path: shard.path.clone(), what });
@@ -242,7 +257,7 @@ pub(super) fn open_files(path: &Path) -> Result<Vec<(PathBuf, File)>, ModelError
     Ok(files)
 }
 
-fn read_shard(path: PathBuf, file: &File, index: usize) -> Result<(Header, Shard), ModelError> {
+fn read_file(path: PathBuf, file: &File) -> Result<(PathBuf, Identity, Header), ModelError> {
     let meta = file.metadata().map_err(|source| ModelError::Open { path: path.clone(), source })?;
     let kind = meta.file_type();
     if !kind.is_file() {
@@ -254,16 +269,25 @@ fn read_shard(path: PathBuf, file: &File, index: usize) -> Result<(Header, Shard
         };
         return Err(ModelError::NotAFile { path, found });
     }
-    let mut header =
+    let header =
         Header::read_file(file).map_err(|source| ModelError::Header { path: path.clone(), source })?;
+    Ok((path, Identity::from_metadata(&meta), header))
+}
+
+fn shard(
+    path: PathBuf,
+    identity: Identity,
+    mut header: Header,
+    index: usize,
+) -> Result<(Header, Shard), ModelError> {
     let expected = header.file_length();
-    if meta.len() < expected {
-        return Err(ModelError::Short { path, length: meta.len(), expected });
+    if identity.size < expected {
+        return Err(ModelError::Short { path, length: identity.size, expected });
     }
     for tensor in &mut header.tensors {
         tensor.shard = index;
     }
     let tensor_bytes = header.tensors.iter().fold(0, |n: u64, t| n.saturating_add(t.bytes));
     let data_offset = header.data_offset;
-    Ok((header, Shard { path, identity: Identity::from_metadata(&meta), data_offset, tensor_bytes }))
+    Ok((header, Shard { path, identity, data_offset, tensor_bytes }))
 }

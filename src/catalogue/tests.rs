@@ -1,0 +1,47 @@
+use super::*;
+
+#[test]
+fn every_entry_is_a_model_of_its_published_size() {
+    let mut wrong = Vec::new();
+    for entry in entries().unwrap() {
+        for file in &entry.files {
+            let choice = Choice { entry, file };
+            let model = choice.model().unwrap();
+            let Some(size) = &file.size else { continue };
+            let (ours, theirs) = (model.file_bytes(), size.bytes);
+            // Half a per mille for the vocabulary in the header and for the last tensor's step.
+            let allowed = size.rounding + theirs / 2000 + 12_000_000;
+            if ours.abs_diff(theirs) > allowed {
+                wrong.push(format!("{}: {ours}, published {}", choice.name(), size.text));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn names_are_unique_and_found() {
+    let mut seen = std::collections::BTreeSet::new();
+    for entry in entries().unwrap() {
+        for name in entry.names() {
+            assert!(seen.insert(plain(name)), "{name} is there twice");
+        }
+        for file in &entry.files {
+            let name = Choice { entry, file }.name();
+            assert_eq!(find(&name).unwrap().name(), name);
+        }
+        assert!(entry.status == Status::Published || entry.note.is_some(), "{}: say why", entry.name);
+    }
+}
+
+#[test]
+fn names_are_forgiving_and_near_misses_are_suggested() {
+    for name in ["deepseek-v3.1:tq1_0", "DeepSeek-V3.1:UD-TQ1_0", "unsloth/DeepSeek-V3.1-GGUF:TQ1_0"] {
+        assert_eq!(find(name).unwrap().name(), "deepseek-v3.1:tq1_0", "{name}");
+    }
+    assert_eq!(find("nemo-12b").unwrap().name(), "mistral-nemo-12b:q8_0");
+    assert!(find("deepsek-v3.1:tq1_0").unwrap_err().to_string().contains("did you mean deepseek-v3.1?"));
+    assert!(find("deepseek-v3.1:q9").unwrap_err().to_string().contains("it has tq1_0"));
+    assert!(find("").is_err());
+    assert!(find(":").is_err());
+}
