@@ -15,6 +15,8 @@ use fixture::{Cell, Measured};
 use plimsoll::fit::{self, Device, DeviceKind, Devices, Estimate, Facts};
 use plimsoll::gguf::Model;
 
+const MIB: i64 = 1 << 20;
+
 fn directory() -> PathBuf {
     std::env::var_os("PLIMSOLL_ORACLE").map_or_else(fixture::directory, PathBuf::from)
 }
@@ -116,4 +118,66 @@ fn what_the_engine_refuses_is_refused() {
             assert!(estimate(&models, &cell).is_err(), "{cell:?}");
         }
     }
+}
+
+/// The cells of one model: how far the compute buffers are off.
+#[derive(Default)]
+struct Distribution {
+    cells: usize,
+    exact: usize,
+    within: usize,
+    under: usize,
+    worst_under: i64,
+    worst_over: i64,
+}
+
+#[test]
+fn compute_is_within_a_mebibyte() {
+    let models = models("compute");
+    let mut all: BTreeMap<String, Distribution> = BTreeMap::new();
+    for cell in fixture::cells(&directory().join("cells.tsv")) {
+        let Some(theirs) = &cell.measured else { continue };
+        let Ok(ours) = estimate(&models, &cell) else { continue };
+        let devices = difference(ours.split.gpu.compute_bytes, theirs.sum("gpu", |b| b.compute));
+        let total = difference(ours.bytes.compute_bytes, theirs.compute);
+        for key in [cell.model.clone(), "all".to_owned()] {
+            let d = all.entry(key).or_default();
+            d.cells += 1;
+            d.exact += usize::from(total == 0 && devices == 0);
+            d.within += usize::from(total.abs() <= MIB);
+            d.under += usize::from(total < -MIB);
+            d.worst_under = d.worst_under.min(total);
+            d.worst_over = d.worst_over.max(total);
+        }
+        if total.abs() > MIB && std::env::var_os("PLIMSOLL_ORACLE_CELLS").is_some() {
+            println!(
+                "{:8.2} MiB ({:.2} on devices): {} {} {}",
+                total as f64 / MIB as f64,
+                devices as f64 / MIB as f64,
+                cell.model,
+                cell.device,
+                cell.args.join(" ")
+            );
+            let ours: Vec<u64> = ours.devices.iter().map(|d| d.compute_bytes).collect();
+            println!(
+                "         ours {ours:?}, theirs {:?}",
+                theirs.buffers.iter().map(|b| b.compute).collect::<Vec<_>>()
+            );
+        }
+    }
+    println!("{:32} cells exact  1MiB under      worst under / over in MiB", "");
+    for (model, d) in &all {
+        println!(
+            "{model:32} {:5} {:5} {:5} {:5} {:10.2} {:10.2}",
+            d.cells,
+            d.exact,
+            d.within,
+            d.under,
+            d.worst_under as f64 / MIB as f64,
+            d.worst_over as f64 / MIB as f64
+        );
+    }
+    let d = &all["all"];
+    assert_eq!(d.under, 0);
+    assert!(d.within * 100 >= d.cells * 95);
 }

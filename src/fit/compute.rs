@@ -2,7 +2,8 @@
 
 use super::cache::Shape;
 use super::facts::Facts;
-use super::settings::Settings;
+use super::graph;
+use super::settings::{Device, Settings};
 use super::weights::{Assigned, Placed};
 
 /// Sizes of compute buffers.
@@ -15,46 +16,55 @@ pub(super) struct Computed {
     pub notes: Vec<String>,
 }
 
-/// Sizes compute buffers from above: the worst layer's tensors together, and the masks.
+/// Sizes the compute buffers by the engine's own graph where that is known, otherwise from above.
 pub(super) fn compute(
     facts: &Facts,
     settings: &Settings,
     shape: &Shape,
     assigned: &Assigned,
-    _placed: &Placed,
-    devices: usize,
+    placed: &Placed,
+    used: &[&Device],
 ) -> Computed {
-    let n = shape.ubatch;
-    let masks = 2 * (shape.cells + if facts.window > 0 { shape.window_cells } else { 0 });
-    let worst = facts
-        .layers
-        .iter()
-        .map(|l| {
-            let heads = l.heads * facts.head.0.max(facts.head.1);
-            let experts = l.experts_used * (facts.embedding + 3 * l.expert_feed_forward);
-            4 * (6 * facts.embedding + 3 * l.feed_forward + 4 * heads + experts)
-        })
-        .max()
-        .unwrap_or(0);
-    let attention = if shape.flash_attention {
-        0
-    } else {
-        let heads = facts.layers.iter().map(|l| l.heads).max().unwrap_or(0);
-        4 * heads * shape.cells * 2
-    };
-    let recurrent = if facts.layers.iter().any(|l| l.recurrent) { 8 * facts.state.recurrent } else { 0 };
-    let logits = 4 * facts.vocabulary * shape.outputs;
-    let total = n.saturating_mul(worst + masks + attention).saturating_add(logits + recurrent);
-    let host_only = assigned.count() == 0;
-    Computed {
-        host: if host_only { total } else { n * (16 * facts.embedding + masks) },
-        devices: (0..devices)
-            .map(|i| if assigned.layers.contains(&Some(i)) || assigned.output == Some(i) { total } else { 0 })
-            .collect(),
-        output: output(facts, settings, shape),
-        exact: false,
-        notes: Vec::new(),
+    let output = output(facts, settings, shape);
+    if let Some(buffers) = graph::buffers(facts, settings, shape, assigned, placed, used) {
+        return Computed {
+            host: buffers.host,
+            devices: buffers.devices,
+            output,
+            exact: true,
+            notes: Vec::new(),
+        };
     }
+    let bound = bound(facts, shape);
+    let holds = |i: usize| assigned.layers.contains(&Some(i)) || assigned.output == Some(i);
+    Computed {
+        host: bound,
+        devices: (0..used.len()).map(|i| if holds(i) { bound } else { 0 }).collect(),
+        output,
+        exact: false,
+        notes: vec![format!(
+            "the compute buffers of {} are bounded from above: its graph isn't known",
+            facts.architecture
+        )],
+    }
+}
+
+/// More than any layer can have live at once: all of its tensors together, the masks and the logits.
+fn bound(facts: &Facts, shape: &Shape) -> u64 {
+    let n = shape.ubatch.max(u64::from(shape.slots));
+    let wide = facts.window > 0;
+    let masks = 4 * (shape.cells + if wide { shape.window_cells } else { 0 });
+    let worst = facts.layers.iter().map(|l| {
+        let heads = l.heads.max(1) * (facts.head.0.max(facts.head.1) + facts.latent.map_or(0, |_| 1024));
+        let experts = l.experts_used * (2 * facts.embedding + 3 * l.expert_feed_forward) + 8 * facts.experts;
+        4 * (8 * facts.embedding + 3 * l.feed_forward + 6 * heads + experts)
+    });
+    let worst = worst.max().unwrap_or(0);
+    let heads = facts.layers.iter().map(|l| l.heads).max().unwrap_or(0);
+    let attention = if shape.flash_attention { 0 } else { 8 * heads * shape.cells };
+    let state = 16 * u64::from(shape.slots) * (facts.state.recurrent + facts.state.rolling);
+    let logits = 4 * facts.vocabulary * shape.outputs;
+    n.saturating_mul(worst + masks + attention).saturating_add(logits).saturating_add(state)
 }
 
 /// The buffer of logits, one row for each slot; embeddings too where they are asked for.

@@ -2,6 +2,7 @@
 
 use super::FitError;
 use super::arch::{Arch, Indexer, Recurrent, Window};
+use super::hyper::{Hyper, Kinds};
 use crate::gguf::{Array, Model, TensorType};
 
 /// llama.cpp's limit on layers.
@@ -129,6 +130,8 @@ pub struct Facts {
     /// How many files there are.
     pub shards: usize,
     pub(super) named: Vec<Named>,
+    pub(super) kinds: Kinds,
+    pub(super) hyper: Hyper,
 }
 
 /// Reads keys of the architecture with limits.
@@ -234,8 +237,13 @@ impl Facts {
             groups: Vec::new(),
             shards: model.shards().len(),
             named: Vec::new(),
+            kinds: Kinds::new(model, all),
+            hyper: Hyper::new(model),
             architecture,
         };
+        if facts.hyper.rope == 0 {
+            facts.hyper.rope = facts.head.0;
+        }
         facts.tensors(model, nextn > 0);
         Ok(facts)
     }
@@ -304,7 +312,7 @@ impl Facts {
 }
 
 /// What a tensor is, by its name behind `blk.N.`.
-fn class(suffix: &str) -> Class {
+pub(super) fn class(suffix: &str) -> Class {
     const PARTS: [&str; 4] = ["ffn_up", "ffn_down", "ffn_gate", "ffn_gate_up"];
     let Some((stem, rest)) = suffix.split_once('.') else { return Class::Other };
     if PARTS.contains(&stem) && stem != "ffn_gate_up" && !rest.is_empty() {

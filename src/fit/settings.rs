@@ -252,13 +252,16 @@ pub struct Device {
     /// Whether its backend offers pinned host buffers (CUDA, ROCm and Vulkan do, RPC doesn't): host weights then
     /// go there rather than being repacked.
     pub host_buffer: bool,
+    /// Whether its backend computes large batches with weights that are on the host (RPC doesn't).
+    pub offloads_operations: bool,
 }
 
 impl Device {
     /// A device by its name and memory; what its backend offers follows from the name.
     #[must_use]
     pub fn new(name: &str, kind: DeviceKind, total: u64, free: u64) -> Self {
-        Self { name: name.to_owned(), kind, total, free, host_buffer: !name.starts_with("RPC") }
+        let local = !name.starts_with("RPC");
+        Self { name: name.to_owned(), kind, total, free, host_buffer: local, offloads_operations: local }
     }
 }
 

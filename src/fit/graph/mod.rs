@@ -1,0 +1,119 @@
+//! The compute graph of a prompt batch, as llama.cpp builds it, and the buffers that it takes.
+//!
+//! llama-server reserves compute buffers for the largest prompt batch with every cell of the cache in use.
+//! Here the same graph is built with shapes alone, scheduled over the devices and allocated, by the rules
+//! of ggml. Layers that repeat are built a few times only: what is live at once doesn't change any more.
+
+mod alloc;
+mod attention;
+mod build;
+mod ffn;
+mod models;
+mod recurrent;
+mod sched;
+mod tensor;
+
+use super::cache::Shape;
+use super::facts::Facts;
+use super::settings::{Device, Settings, SplitMode};
+use super::weights::{Assigned, Placed};
+
+/// What a graph takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Buffers {
+    pub host: u64,
+    pub devices: Vec<u64>,
+    /// Operations and other tensors of the whole graph, against which the engine has a limit.
+    pub tensors: u64,
+}
+
+/// ggml's number of copies for pipelining.
+const PIPELINE_COPIES: usize = 4;
+
+/// The buffers of a model's graph; none for an architecture whose graph isn't known.
+pub(super) fn buffers(
+    facts: &Facts,
+    settings: &Settings,
+    shape: &Shape,
+    assigned: &Assigned,
+    placed: &Placed,
+    used: &[&Device],
+) -> Option<Buffers> {
+    let layers = if std::env::var_os("ALL").is_some() {
+        (0..facts.layer_count as usize).collect()
+    } else {
+        chosen(facts, assigned, placed)
+    };
+    measure(facts, settings, shape, assigned, placed, used, &layers)
+}
+
+fn measure(
+    facts: &Facts,
+    settings: &Settings,
+    shape: &Shape,
+    assigned: &Assigned,
+    placed: &Placed,
+    used: &[&Device],
+    layers: &[usize],
+) -> Option<Buffers> {
+    let backends = sched::Backends {
+        offloads: used.iter().map(|d| d.offloads_operations && settings.op_offload).collect(),
+        copies: if pipelines(facts, settings, assigned, used) { PIPELINE_COPIES } else { 1 },
+    };
+    let full = assigned.count() > facts.layer_count_all;
+    let mut builder = build::Builder::new(facts, settings, shape, assigned, placed, used.len(), full);
+    models::build(&mut builder, layers)?;
+    let mut graph = builder.graph;
+    let tensors = (graph.nodes.len() + graph.leafs.len()) as u64;
+    let mut devices = sched::schedule(&mut graph, &backends);
+    let host = devices.pop().unwrap_or(0);
+    Some(Buffers { host, devices, tensors })
+}
+
+/// Whether batches are pipelined over several devices (`llama_context`).
+fn pipelines(facts: &Facts, settings: &Settings, assigned: &Assigned, used: &[&Device]) -> bool {
+    used.len() > 1
+        && assigned.count() > facts.layer_count_all
+        && settings.split_mode == SplitMode::Layer
+        && settings.kv_offload
+        && settings.overrides.is_empty()
+}
+
+/// Layers that stand for all: of layers alike in a row, and of periods alike, the first few; and the last.
+fn chosen(facts: &Facts, assigned: &Assigned, placed: &Placed) -> Vec<usize> {
+    let count = facts.layer_count as usize;
+    let signature = |i: usize| {
+        (
+            facts.kinds.of_layer[i],
+            facts.layers[i],
+            assigned.layers[i],
+            placed.split_experts[i],
+            placed.split_dense[i],
+        )
+    };
+    let signatures: Vec<_> = (0..count).map(signature).collect();
+    let mut kept: Vec<usize> = Vec::new();
+    let mut at = 0;
+    while at < count {
+        // The shortest period from here on that repeats, and how often.
+        let period = (1..=8)
+            .find(|p| at + 3 * p <= count && (at..at + 2 * p).all(|i| signatures[i] == signatures[i + p]));
+        let Some(period) = period else {
+            kept.push(at);
+            at += 1;
+            continue;
+        };
+        let mut end = at + period;
+        while end < count && signatures[end] == signatures[end - period] {
+            end += 1;
+        }
+        let repeats = (end - at) / period;
+        kept.extend(at..at + 2 * period);
+        at += repeats * period;
+        kept.extend(at - period..at);
+    }
+    if kept.last() != Some(&(count.saturating_sub(1))) && count > 0 {
+        kept.push(count - 1);
+    }
+    kept
+}
