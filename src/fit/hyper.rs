@@ -111,6 +111,8 @@ pub(crate) struct Hyper {
     pub soft_cap: bool,
     pub embedding_scale: EmbeddingScale,
     pub logit_scale: bool,
+    /// Whether attention goes without positions altogether.
+    pub no_rope: bool,
     /// Whether queries are scaled by their position (an input).
     pub temperature: bool,
 }
@@ -119,6 +121,7 @@ impl Hyper {
     pub fn new(model: &Model) -> Self {
         let get =
             |key: &str| model.arch_value(key).and_then(Value::as_u64).filter(|n| *n < 1 << 32).unwrap_or(0);
+        let get_option = |key: &str| model.arch_value(key).and_then(Value::as_u64);
         let number = |key: &str| model.arch_value(key).and_then(Value::as_f64).unwrap_or(0.0);
         let sections = model.arch_value("rope.dimension_sections").and_then(Value::as_array).is_some();
         let several = ["qwen2vl", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "paddleocr", "hunyuan_vl"];
@@ -140,12 +143,18 @@ impl Hyper {
             positions: if positions { 4 } else { 1 },
             soft_cap: architecture == "gemma2",
             embedding_scale: match () {
+                () if ["gemma", "gemma2", "minicpm3", "afmoe"].contains(&architecture) => {
+                    EmbeddingScale::Whole
+                }
                 () if architecture.starts_with("gemma") => EmbeddingScale::Rows,
                 () if number("embedding_scale") != 0.0 => EmbeddingScale::Whole,
                 () => EmbeddingScale::None,
             },
+            no_rope: architecture.starts_with("granite")
+                && model.arch_value("rope.scaling.finetuned").and_then(Value::as_bool) == Some(false),
             logit_scale: number("logit_scale") != 0.0,
-            temperature: number("attention.temperature_scale") != 0.0,
+            temperature: number("attention.temperature_scale") != 0.0
+                || (architecture == "llama4" && get_option("attention.sliding_window") != Some(0)),
         }
     }
 }

@@ -37,21 +37,34 @@ impl Pool {
         offset
     }
 
+    /// Gives a block back: to the first neighbour in the order of addresses. Empty tensors leave empty blocks,
+    /// which can keep others from being joined, as in ggml.
     fn give(&mut self, offset: u64, bytes: u64) {
-        if bytes == 0 {
-            return;
-        }
-        let at = self.free.partition_point(|(o, _)| *o < offset);
-        let joins_next = self.free.get(at).is_some_and(|(o, _)| *o == offset + bytes);
-        let joins_previous = at > 0 && self.free[at - 1].0 + self.free[at - 1].1 == offset;
-        match (joins_previous, joins_next) {
-            (true, true) => {
-                self.free[at - 1].1 += bytes + self.free[at].1;
-                self.free.remove(at);
+        for i in 0..self.free.len() {
+            let (start, size) = self.free[i];
+            if start + size == offset {
+                self.free[i].1 += bytes;
+                self.join(i);
+                return;
             }
-            (true, false) => self.free[at - 1].1 += bytes,
-            (false, true) => self.free[at] = (offset, self.free[at].1 + bytes),
-            (false, false) => self.free.insert(at, (offset, bytes)),
+            if offset + bytes == start {
+                self.free[i] = (offset, size + bytes);
+                if i > 0 {
+                    self.join(i - 1);
+                }
+                return;
+            }
+        }
+        let at = self.free.partition_point(|(start, _)| *start < offset);
+        self.free.insert(at, (offset, bytes));
+    }
+
+    /// Joins a block with the one behind it where they touch.
+    fn join(&mut self, i: usize) {
+        let (start, size) = self.free[i];
+        if self.free.get(i + 1).is_some_and(|(next, _)| *next == start + size) {
+            self.free[i].1 += self.free[i + 1].1;
+            self.free.remove(i + 1);
         }
     }
 }

@@ -295,6 +295,9 @@ impl Builder<'_> {
     }
 
     pub fn rope(&mut self, x: Id) -> Id {
+        if self.facts.hyper.no_rope {
+            return x;
+        }
         let ne = self.graph.ne(x);
         let positions = self.positions;
         self.graph.op(Op::Rope, TensorType::F32, ne, &[x, positions])

@@ -29,6 +29,8 @@ pub(super) struct Builder<'a> {
     pub layer: usize,
     pub out_ids: Id,
     pub positions: Id,
+    /// Scales of queries by position, where the model has them.
+    pub temperature: Id,
 }
 
 impl<'a> Builder<'a> {
@@ -59,6 +61,7 @@ impl<'a> Builder<'a> {
             layer: 0,
             out_ids: super::tensor::NONE,
             positions: super::tensor::NONE,
+            temperature: super::tensor::NONE,
         }
     }
 
@@ -183,6 +186,9 @@ impl<'a> Builder<'a> {
         self.graph.expand(embedded);
         self.out_ids = self.input(TensorType::I32, [self.outputs, 1, 1, 1]);
         self.positions = self.input(TensorType::I32, [n * self.facts.hyper.positions, 1, 1, 1]);
+        if self.facts.hyper.temperature {
+            self.temperature = self.input(TensorType::F32, [1, 1, n, 1]);
+        }
         Some(embedded)
     }
 

@@ -39,11 +39,7 @@ pub(super) fn buffers(
     placed: &Placed,
     used: &[&Device],
 ) -> Option<Buffers> {
-    let layers = if std::env::var_os("ALL").is_some() {
-        (0..facts.layer_count as usize).collect()
-    } else {
-        chosen(facts, assigned, placed)
-    };
+    let layers = chosen(facts, assigned, placed);
     measure(facts, settings, shape, assigned, placed, used, &layers)
 }
 

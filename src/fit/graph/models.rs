@@ -2,6 +2,7 @@
 
 use super::attention::{AttentionInputs, Projections};
 use super::build::Builder;
+use super::recurrent::StateInputs;
 use super::tensor::{Id, Op};
 use crate::gguf::TensorType;
 
@@ -9,8 +10,8 @@ use crate::gguf::TensorType;
 pub(super) fn build(b: &mut Builder, layers: &[usize]) -> Option<()> {
     let mut x = b.embed()?;
     b.graph.expand(x);
-    let recurrent = b.facts.layers.iter().any(|l| l.recurrent);
-    let copies = if recurrent { b.state_inputs() } else { super::tensor::NONE };
+    // Inputs that nothing reads are no part of the graph.
+    let copies = b.state_inputs();
     let inputs = b.attention_inputs();
     for layer in layers {
         b.layer = *layer;
@@ -24,7 +25,7 @@ pub(super) fn build(b: &mut Builder, layers: &[usize]) -> Option<()> {
 }
 
 /// Attention or its stand-in, a residual, a feed-forward part, a residual.
-fn standard(b: &mut Builder, inputs: &AttentionInputs, copies: Id, x: Id) -> Option<Id> {
+fn standard(b: &mut Builder, inputs: &AttentionInputs, copies: StateInputs, x: Id) -> Option<Id> {
     let mut residual = x;
     // LFM2 adds to the residual, all others add the residual.
     let swapped = b.facts.architecture.starts_with("lfm2");
@@ -48,7 +49,7 @@ fn standard(b: &mut Builder, inputs: &AttentionInputs, copies: Id, x: Id) -> Opt
 }
 
 /// What stands in the place of attention in this layer.
-fn mixer(b: &mut Builder, inputs: &AttentionInputs, copies: Id, x: Id) -> Option<Id> {
+fn mixer(b: &mut Builder, inputs: &AttentionInputs, copies: StateInputs, x: Id) -> Option<Id> {
     if b.dims().recurrent {
         if b.has("shortconv.in_proj.weight") {
             return b.short_convolution(copies, x);
@@ -70,17 +71,32 @@ fn mixer(b: &mut Builder, inputs: &AttentionInputs, copies: Id, x: Id) -> Option
     if doubled {
         return gated_attention(b, inputs, x);
     }
-    let projections = if b.facts.architecture == "llama4" {
-        let mut p = b.projections(x)?;
-        // Norms without weights behind the rotation.
-        p.q = b.graph.in_place(&[p.q]);
-        p.k = p.k.map(|k| b.graph.in_place(&[k]));
-        p
-    } else {
-        b.projections(x)?
+    let projections = match b.facts.architecture.as_str() {
+        "llama4" => llama4_projections(b, x)?,
+        _ => {
+            let mut p = b.projections(x)?;
+            if b.facts.hyper.temperature {
+                p.q = b.graph.in_place(&[p.q, b.temperature]);
+            }
+            p
+        }
     };
     let out = b.attend(inputs, projections, b.has("attn_sinks.weight"));
     b.linear("attn_output", out)
+}
+
+/// Llama 4: three layers of four with rotation and norms without weights behind it, the fourth with queries
+/// scaled by their position.
+fn llama4_projections(b: &mut Builder, x: Id) -> Option<Projections> {
+    if b.facts.window > 0 && (b.layer + 1).is_multiple_of(4) {
+        let mut p = plain_projections(b, x)?;
+        p.q = b.graph.in_place(&[p.q, b.temperature]);
+        return Some(p);
+    }
+    let mut p = b.projections(x)?;
+    p.q = b.graph.in_place(&[p.q]);
+    p.k = p.k.map(|k| b.graph.in_place(&[k]));
+    Some(p)
 }
 
 /// Attention whose query projection holds a gate as well (Qwen3-Next).
@@ -169,7 +185,7 @@ fn uncompressed(b: &mut Builder, inputs: &AttentionInputs, x: Id) -> Option<Id> 
 }
 
 /// One part a layer: Mamba 2, attention or feed-forward.
-fn nemotron(b: &mut Builder, inputs: &AttentionInputs, copies: Id, x: Id) -> Option<Id> {
+fn nemotron(b: &mut Builder, inputs: &AttentionInputs, copies: StateInputs, x: Id) -> Option<Id> {
     let normed = b.norm(x, "attn_norm");
     let cur = if b.dims().recurrent {
         b.mamba2(copies, normed)?
@@ -200,7 +216,7 @@ fn plain_projections(b: &mut Builder, x: Id) -> Option<Projections> {
 }
 
 /// Attention and Mamba 2 side by side.
-fn falcon_h1(b: &mut Builder, inputs: &AttentionInputs, copies: Id, x: Id) -> Option<Id> {
+fn falcon_h1(b: &mut Builder, inputs: &AttentionInputs, copies: StateInputs, x: Id) -> Option<Id> {
     let normed = b.norm(x, "attn_norm");
     let p = b.projections(normed)?;
     let out = b.attend(inputs, p, false);

@@ -4,21 +4,31 @@ use super::build::Builder;
 use super::tensor::{Id, Op};
 use crate::gguf::TensorType;
 
+/// Which state each sequence starts from: all, those of the batch, and the others.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StateInputs {
+    all: Id,
+    batch: Id,
+    rest: Id,
+}
+
 impl Builder<'_> {
-    /// The copy list of recurrent states: which state each sequence starts from.
-    pub fn state_inputs(&mut self) -> Id {
-        self.input(TensorType::I32, [self.sequences, 1, 1, 1])
+    pub fn state_inputs(&mut self) -> StateInputs {
+        let all = self.input(TensorType::I32, [self.sequences, 1, 1, 1]);
+        let batch = self.graph.view(all, [self.sequences, 1, 1, 1], true);
+        let rest = self.graph.view(all, [self.sequences - 1, 1, 1, 1], true);
+        StateInputs { all, batch, rest }
     }
 
     /// Reads the states of all sequences (`build_rs`), and writes those back that the batch doesn't change.
-    fn states(&mut self, copies: Id, width: u64) -> (Id, Id) {
+    fn states(&mut self, copies: StateInputs, width: u64) -> (Id, Id) {
         let sequences = self.sequences;
         let memory = self.memory(TensorType::F32, [width, sequences, 1, 1]);
         let all = self.graph.reshape(memory, [width, sequences, 1, 1]);
         let cleared = self.graph.view(all, [width, 1, 1, 1], true);
         let scaled = self.graph.result_in(Op::InPlace, cleared, [width, 1, 1, 1], true, &[cleared]);
         self.graph.expand(scaled);
-        let rows = self.graph.get_rows(all, copies);
+        let rows = self.graph.get_rows(all, copies.all);
         let states = self.graph.view(rows, [width, sequences, 1, 1], true);
         self.graph.expand(states);
         self.keep_rest(memory, rows);
@@ -42,7 +52,7 @@ impl Builder<'_> {
     }
 
     /// The convolution's window: the state before the batch and the batch, transposed; the state is written back.
-    fn windowed_input(&mut self, copies: Id, x: Id, channels: u64) -> Id {
+    fn windowed_input(&mut self, copies: StateInputs, x: Id, channels: u64) -> Id {
         let steps = self.facts.hyper.conv_kernel.max(1) - 1;
         let (sequences, n) = (self.sequences, self.per_sequence());
         let (memory, states) = self.states(copies, steps * channels);
@@ -62,7 +72,7 @@ impl Builder<'_> {
     }
 
     /// Mamba 2 (`build_mamba2_layer`).
-    pub fn mamba2(&mut self, copies: Id, x: Id) -> Option<Id> {
+    pub fn mamba2(&mut self, copies: StateInputs, x: Id) -> Option<Id> {
         let h = self.facts.hyper;
         let (sequences, n) = (self.sequences, self.per_sequence());
         let heads = h.time_step_rank.max(1);
@@ -106,15 +116,13 @@ impl Builder<'_> {
         let cleared = self.graph.view(all, [size, 1, 1, 1], true);
         let scaled = self.graph.result_in(Op::InPlace, cleared, [size, 1, 1, 1], true, &[cleared]);
         self.graph.expand(scaled);
-        let tail = self.graph.view(copies, [sequences - 1, 1, 1, 1], true);
-        let rest = self.graph.get_rows(all, tail);
-        let main = self.graph.view(copies, [sequences, 1, 1, 1], true);
+        let rest = self.graph.get_rows(all, copies.rest);
         let by_head = self.graph.reshape(all, [h.state_size, head, heads, sequences]);
         let scanned = self.graph.op(
             Op::Other,
             TensorType::F32,
             [h.inner * n * sequences + size * sequences, 1, 1, 1],
-            &[by_head, value, dt, a, b, c, main],
+            &[by_head, value, dt, a, b, c, copies.batch],
         );
         self.graph.expand(scanned);
         self.keep_rest(memory, rest);
@@ -138,7 +146,7 @@ impl Builder<'_> {
     }
 
     /// Gated delta net (Qwen3-Next and Qwen3.5).
-    pub fn delta_net(&mut self, copies: Id, x: Id) -> Option<Id> {
+    pub fn delta_net(&mut self, copies: StateInputs, x: Id) -> Option<Id> {
         let h = self.facts.hyper;
         let (sequences, n) = (self.sequences, self.per_sequence());
         let (k_heads, v_heads) = (h.state_groups.max(1), h.time_step_rank.max(1));
@@ -216,7 +224,7 @@ impl Builder<'_> {
     }
 
     /// A short convolution (LFM2).
-    pub fn short_convolution(&mut self, copies: Id, x: Id) -> Option<Id> {
+    pub fn short_convolution(&mut self, copies: StateInputs, x: Id) -> Option<Id> {
         let width = self.facts.embedding;
         let (sequences, n) = (self.sequences, self.per_sequence());
         let steps = self.facts.hyper.shortconv.max(1) - 1;

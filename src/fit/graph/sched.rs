@@ -22,13 +22,18 @@ impl Backends {
     }
 }
 
+/// Tensors in order, each with its backend.
+type Ordered = Vec<(Id, u8)>;
+/// A tensor that is read on another backend, that backend, and its copies there.
+type Copied = (Id, u8, Vec<Id>);
+
 /// What a batch has to have at least for weights on the host to be used on a device.
 const OFFLOAD_BATCH: u64 = 32;
 
 /// The size of each backend's compute buffer for a graph.
 pub(super) fn schedule(graph: &mut Graph, backends: &Backends) -> Vec<u64> {
     if backends.offloads.is_empty() {
-        let host = |ids: &[Id]| -> Vec<(Id, u8)> { ids.iter().map(|id| (*id, 0)).collect() };
+        let host = |ids: &[Id]| -> Ordered { ids.iter().map(|id| (*id, 0)).collect() };
         let (nodes, leafs) = (host(&graph.nodes), host(&graph.leafs));
         return sizes(&Plan { graph, nodes: &nodes, leafs: &leafs }, 1);
     }
@@ -134,8 +139,8 @@ impl Scheduler<'_> {
     }
 
     /// Cuts the graph where the backend changes, and copies what is read on another backend.
-    fn split(&mut self, graph: &mut Graph) -> (Vec<(Id, u8)>, Vec<(Id, u8)>) {
-        let mut copies: Vec<(Id, u8, Vec<Id>)> = Vec::new();
+    fn split(&mut self, graph: &mut Graph) -> (Ordered, Ordered) {
+        let mut copies: Vec<Copied> = Vec::new();
         let mut plan: Vec<(Id, u8)> = Vec::with_capacity(graph.nodes.len() * 2);
         let order = std::mem::take(&mut graph.nodes);
         let first = order.iter().find(|id| graph.get(**id).op != Op::View);
@@ -187,10 +192,10 @@ impl Scheduler<'_> {
     fn close(
         &mut self,
         graph: &mut Graph,
-        plan: &mut Vec<(Id, u8)>,
+        plan: &mut Ordered,
         inputs: &mut Vec<Id>,
-        body: &mut Vec<(Id, u8)>,
-        copies: &[(Id, u8, Vec<Id>)],
+        body: &mut Ordered,
+        copies: &[Copied],
         backend: u8,
     ) {
         for input in inputs.drain(..) {
@@ -231,12 +236,7 @@ impl Scheduler<'_> {
     }
 
     /// The leafs: with pipelining, every copy of every input is held from the start.
-    fn leafs(
-        &mut self,
-        graph: &mut Graph,
-        copies: &[(Id, u8, Vec<Id>)],
-        split_inputs: &[(Id, u8)],
-    ) -> Vec<(Id, u8)> {
+    fn leafs(&mut self, graph: &mut Graph, copies: &[Copied], split_inputs: &[(Id, u8)]) -> Ordered {
         let mut leafs = Vec::new();
         let original = std::mem::take(&mut graph.leafs);
         if self.backends.copies > 1 {
