@@ -275,35 +275,30 @@ impl Daemon {
     }
 
     pub(super) fn answer(&mut self, ticket: u64, answer: Result<u64, Box<Refusal>>) {
-        let Some(waiting) = self.waiting.remove(&ticket) else {
+        if let Err(refusal) = &answer {
+            self.jobs.refused(&refusal.instance, &refusal.to_string());
+        }
+        let waiting = self.waiting.remove(&ticket);
+        let on_the_bus = waiting.and_then(|waiting| Some((waiting.reply?, waiting.wish)));
+        let Some((reply, wish)) = on_the_bus else {
             if ticket < FIRST_TICKET {
                 self.parts.ports.answered(ticket, answer);
             }
             return;
         };
-        let Some(instance) = waiting.wish.instance.clone() else { return };
-        let context = match (&answer, waiting.reply.is_some()) {
+        let (context, instance) = match (answer, &wish.instance) {
+            (Ok(context), Some(instance)) => (context, instance.clone()),
+            (Ok(_), None) => return,
             (Err(refusal), _) => {
-                self.jobs.refused(&instance, &refusal.to_string());
-                None
+                let _ = reply.send(Err(Fault::Refused(refusal)));
+                return;
             }
-            (Ok(context), _) => Some(*context),
-        };
-        let Some(reply) = waiting.reply else {
-            self.parts.ports.answered(ticket, answer);
-            return;
-        };
-        let Some(context) = context else {
-            let refused = answer.err().map_or_else(|| Fault::Failed(String::new()), Fault::Refused);
-            let _ = reply.send(Err(refused));
-            return;
         };
         for job in self.jobs.loads_of(&instance) {
             self.tell(Publication::JobProgress(job, format!("loading at context {context}")));
         }
         let catalog = Arc::clone(&self.parts.catalog);
         let gpus = self.machine.gpus.clone();
-        let wish = waiting.wish;
         tokio::spawn(async move {
             let launch = tokio::task::spawn_blocking(move || catalog.launch(&wish, context, &gpus)).await;
             let _ = reply.send(match launch {

@@ -4,6 +4,7 @@
 //! `PLIMSOLL_BYTES` and `PLIMSOLL_CONTEXT`, and one of the message ids below, so that
 //! `journalctl PLIMSOLL_MODEL=NAME` or `MESSAGE_ID=…` finds it whatever its words are.
 
+use tracing_subscriber::fmt::format::debug_fn;
 use tracing_subscriber::prelude::*;
 
 use crate::policy::Decision;
@@ -53,7 +54,11 @@ pub fn start() {
                 .with_writer(std::io::stderr)
                 .without_time()
                 .with_target(false)
-                .with_ansi(false);
+                .with_ansi(false)
+                .fmt_fields(debug_fn(|writer, field, value| match field.name() {
+                    "message" => write!(writer, "{value:?}"),
+                    _ => Ok(()),
+                }));
             registry.with(lines.with_filter(level)).try_init()
         }
     };
