@@ -164,11 +164,12 @@ impl Daemon {
         }
         match weighed.purpose {
             Purpose::Adopt(instance) => {
-                let Some(invocation) = self.adopting.remove(&instance) else { return };
-                let request = weighed.request.unwrap_or_else(|error| {
-                    tracing::warn!("{instance} runs, but its size is unknown: {error}");
-                    unknown(&instance, &invocation)
-                });
+                let Some(invocation) = self.adopted.get(&instance).cloned() else { return };
+                let request = match weighed.request {
+                    Ok(request) if !request.ladder.is_empty() => request,
+                    Ok(request) => unknown(&instance, &invocation, request.unknown.as_deref()),
+                    Err(error) => unknown(&instance, &invocation, Some(&error.to_string())),
+                };
                 tracing::info!("{instance} runs already and is taken into the ledger");
                 let request = self.completed(request);
                 self.step(Event::Adopt { request: Box::new(request) });
@@ -201,12 +202,14 @@ impl Daemon {
 
     /// A running instance without a reservation is taken into the ledger.
     pub(super) fn weigh_adoption(&mut self, instance: Instance, invocation: String) {
-        if self.adopting.contains_key(&instance) || self.core.holders().contains_key(&instance) {
+        // Once for each start of the unit: an adoption that the decisions don't take won't be
+        // taken the next time either.
+        if self.adopted.get(&instance) == Some(&invocation) || self.core.holders().contains_key(&instance) {
             return;
         }
         let wish =
             Wish { instance: Some(instance.clone()), invocation: invocation.clone(), ..Wish::default() };
-        self.adopting.insert(instance.clone(), invocation);
+        self.adopted.insert(instance.clone(), invocation);
         self.weigh(Purpose::Adopt(instance), Arc::new(wish));
     }
 
@@ -310,7 +313,8 @@ impl Daemon {
 }
 
 /// A request for what runs and is not understood: it is charged for as it is measured.
-fn unknown(instance: &Instance, invocation: &str) -> Request {
+fn unknown(instance: &Instance, invocation: &str, why: Option<&str>) -> Request {
+    tracing::warn!("{instance} runs, but its size is unknown: {}", why.unwrap_or("there is no estimate"));
     Request {
         instance: instance.clone(),
         invocation: invocation.to_owned(),

@@ -60,7 +60,8 @@ pub struct Daemon {
     pub(super) one_shot: BTreeMap<Instance, (LoadOptions, u64)>,
     /// Starts that are no person's: returns of evicted models, with their times.
     pub(super) restoring: BTreeMap<Instance, u64>,
-    pub(super) adopting: BTreeMap<Instance, String>,
+    /// Instances that were found running, with the InvocationID that they were found with.
+    pub(super) adopted: BTreeMap<Instance, String>,
     pub(super) jobs: Jobs,
     pub(super) rulebook: Rulebook,
     pub(super) mode: Option<Mode>,
@@ -96,7 +97,7 @@ impl Daemon {
             next_ticket: FIRST_TICKET,
             one_shot: BTreeMap::new(),
             restoring: BTreeMap::new(),
-            adopting: BTreeMap::new(),
+            adopted: BTreeMap::new(),
             jobs: Jobs::default(),
             rulebook: Rulebook::default(),
             wake: None,
