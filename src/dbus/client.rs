@@ -42,7 +42,11 @@ impl Client {
         };
         let connection = builder.build().await.map_err(|error| {
             let bus = address.map_or_else(|| "the system bus".to_owned(), |a| format!("the bus at {a}"));
-            CallError::Unreachable(format!("no connection to {bus} ({error})"))
+            let reason = match &error {
+                zbus::Error::Connection(source, _) => source.to_string(),
+                other => other.to_string(),
+            };
+            CallError::Unreachable(format!("no connection to {bus}: {reason}"))
         })?;
         let manager =
             ManagerProxy::builder(&connection).cache_properties(CacheProperties::No).build().await?;

@@ -7,7 +7,7 @@ mod subject;
 
 use crate::bytes::Bytes;
 use crate::config::Oversize;
-use crate::fit::{self, Budget, Devices, Estimate, Facts, FitError};
+use crate::fit::{self, Budget, Devices, Estimate, Facts, FitError, LoadMode, Settings};
 use crate::ledger::FileId;
 use crate::policy::Verdict;
 use crate::policy::verdict::{Judgement, footprint, judge, unified};
@@ -28,8 +28,10 @@ const STEP: u64 = 256;
 struct Line {
     estimate: Estimate,
     judgement: Judgement,
-    /// Layers on the GPU, experts of layers on the host: the placement that was priced.
+    /// Of how many layers the experts stay on the host, in the placement that was priced.
     cpu_moe: u32,
+    /// Where it does not fit: what would come of mapping the weights, if it would then stream.
+    mapped: Option<Judgement>,
 }
 
 pub(super) fn fit(args: &Fit) -> Result<(), Failure> {
@@ -101,8 +103,19 @@ impl<'a> Pricer<'a> {
     fn price(&self, context: u64) -> Result<Line, Failure> {
         let mut settings = self.subject.settings.clone();
         settings.context = context;
+        let mut line = self.price_settings(&settings)?;
+        let refused = line.judgement.verdict == Verdict::Refused;
+        if refused && settings.load_mode == LoadMode::Auto && line.estimate.anonymous_weights_bytes > 0 {
+            settings.load_mode = LoadMode::Mmap;
+            let mapped = self.price_settings(&settings)?.judgement;
+            line.mapped = (mapped.verdict == Verdict::Streams).then_some(mapped);
+        }
+        Ok(line)
+    }
+
+    fn price_settings(&self, settings: &Settings) -> Result<Line, Failure> {
         let failure = |error: FitError| self.subject.failure(&error);
-        let placement = fit::place(&self.facts, &settings, &self.devices, &self.budget).map_err(failure)?;
+        let placement = fit::place(&self.facts, settings, &self.devices, &self.budget).map_err(failure)?;
         let estimate = placement.estimate;
         let used = self.devices.used(&placement.settings);
         let gpus: Vec<usize> = used
@@ -111,7 +124,7 @@ impl<'a> Pricer<'a> {
             .collect();
         let footprint = footprint(&estimate, &self.files, &gpus);
         let judgement = judge(&footprint, estimate.known, &self.target.machine, &self.target.room);
-        Ok(Line { estimate, judgement, cpu_moe: placement.cpu_moe })
+        Ok(Line { estimate, judgement, cpu_moe: placement.cpu_moe, mapped: None })
     }
 
     /// The largest context, in steps of 256 tokens and at most what the model was trained on, that
@@ -125,7 +138,7 @@ impl<'a> Pricer<'a> {
         }
         let mut best = self.price(STEP)?;
         if !fits(&best) {
-            let why = report::why(&best).unwrap_or_else(|| "its size is unknown".to_owned());
+            let why = report::why(&best);
             return Err(Failure::new(
                 Exit::Refused,
                 format!("{} does not fit at any context: {why}", self.subject.name),

@@ -139,7 +139,7 @@ const COLUMNS: [Column; 6] = [
     ("WEIGHTS", |parts| parts.weights_bytes),
     ("KV", |parts| parts.kv_bytes),
     ("STATE", |parts| parts.state_bytes),
-    ("COMPUTE", |parts| parts.compute_bytes),
+    ("COMP", |parts| parts.compute_bytes),
     ("OUTPUT", |parts| parts.output_bytes),
     ("EXTRAS", |parts| parts.extras_bytes),
 ];
@@ -168,73 +168,96 @@ fn table(lines: &[Line], painter: Painter) -> String {
         row.push((format!("{bound}{}", gib(Bytes(estimate.bytes.total_bytes))), Style::Bold));
         row.push(plain(gib(Bytes(estimate.split.gpu.total_bytes))));
         row.push(plain(gib(Bytes(estimate.split.host.total_bytes))));
-        let verdict = word(line.judgement.verdict);
-        row.push((verdict.to_owned(), verdict_style(verdict)));
+        row.push((verdict(line), verdict_style(word(line.judgement.verdict))));
         table.row(row);
     }
     table.render(painter)
 }
 
-/// What the table has no room for.
+/// The verdict with the number that it turns on.
+fn verdict(line: &Line) -> String {
+    let judgement = &line.judgement;
+    let word = word(judgement.verdict);
+    match (judgement.verdict, judgement.short) {
+        (Verdict::FitsWithSwap, _) => format!("{word}, {}", gib(judgement.swap_needed)),
+        (Verdict::Streams, _) => format!("{word}, {} %", judgement.resident_per_mille / 10),
+        (Verdict::Refused, Some((_, short))) => format!("{word}, {} short", gib(short)),
+        _ => word.to_owned(),
+    }
+}
+
+/// What the table has no room for: each thing once, however many lines it is true of.
 fn footnotes(subject: &Subject, lines: &[Line]) -> String {
     let mut out = "Sizes in GiB.".to_owned();
     if lines.iter().any(|line| !line.estimate.exact) {
         out.push_str(" ~: with an upper bound for some of it.");
     }
     out.push('\n');
+    let mut say = |text: String| out.push_str(&wrap(&text, 0));
     if let Some(cache) = lines.first().map(|line| line.estimate.extras.prompt_cache_bytes)
         && cache > 0
         && !subject.configured
     {
         let limit = Bytes(cache);
-        out.push_str(&wrap(
-            &format!("EXTRAS has {limit} for llama-server's prompt cache; '-- --cache-ram 0' leaves it out."),
-            0,
+        say(format!("EXTRAS has {limit} for llama-server's prompt cache; '-- --cache-ram 0' leaves it out."));
+    }
+    let of = |verdict: Verdict| lines.iter().filter(move |line| line.judgement.verdict == verdict);
+    if of(Verdict::FitsAfter).next().is_some() {
+        say("fits-after: once models that run are stopped.".to_owned());
+    }
+    if of(Verdict::FitsWithSwap).next().is_some() {
+        say("fits-with-swap: with so much of it in swap.".to_owned());
+    }
+    if of(Verdict::Streams).next().is_some() {
+        say("streams: only so much of the mapped weights stays resident, the rest is read from disk again and again."
+            .to_owned());
+    }
+    for (pool, name) in
+        [(Pool::Memory, "memory"), (Pool::Gpu(0), "GPU memory"), (Pool::Slice, "llm.slice's limit")]
+    {
+        let is = |found: Pool| std::mem::discriminant(&found) == std::mem::discriminant(&pool);
+        let short = |line: &&Line| line.judgement.short.is_some_and(|(found, _)| is(found));
+        if of(Verdict::Refused).any(|line| short(&line)) {
+            say(format!("short: of {name}."));
+        }
+    }
+    let swap: Vec<Bytes> =
+        of(Verdict::Refused).map(|line| line.judgement.swap_needed).filter(|swap| !swap.is_zero()).collect();
+    if let (Some(least), Some(most)) = (swap.iter().min(), swap.iter().max()) {
+        say(format!("Swap of {} would make up for it.", range(&gib(*least), &gib(*most), " GiB")));
+    }
+    if let Some(line) = lines.iter().find_map(|line| line.mapped.as_ref()) {
+        let share = line.resident_per_mille / 10;
+        say(format!(
+            "With '-- --load-mode mmap' it streams: {share} % of the weights on the host stay resident."
         ));
     }
-    for line in lines {
-        let context = line.estimate.context;
-        if let Some(why) = why(line) {
-            out.push_str(&wrap(&format!("{context}: {why}."), 2));
-        }
-        if line.cpu_moe > 0 {
-            let text = format!("{context}: the experts of {} layers stay on the host.", line.cpu_moe);
-            out.push_str(&wrap(&text, 2));
-        }
+    let experts: Vec<u32> = lines.iter().map(|line| line.cpu_moe).filter(|layers| *layers > 0).collect();
+    if let (Some(least), Some(most)) = (experts.iter().min(), experts.iter().max()) {
+        let layers = range(&least.to_string(), &most.to_string(), " layers");
+        say(format!("The experts of {layers} stay on the host, which each token touches least."));
     }
     let mut notes: Vec<&String> = lines.iter().flat_map(|line| &line.estimate.notes).collect();
     notes.sort();
     notes.dedup();
-    notes.into_iter().for_each(|note| out.push_str(&wrap(&format!("Note: {note}."), 2)));
+    notes.into_iter().for_each(|note| say(format!("Note: {note}.")));
     out
 }
 
-/// What is behind a verdict other than `fits`.
-pub fn why(line: &Line) -> Option<String> {
-    let judgement = &line.judgement;
-    let short = judgement.short.map(|(pool, bytes)| {
-        let pool = match pool {
-            Pool::Memory => "memory is",
-            Pool::Gpu(_) => "GPU memory is",
-            Pool::Slice => "llm.slice's limit is",
-        };
-        format!("{pool} {bytes} short")
-    });
-    match judgement.verdict {
-        Verdict::Fits => None,
-        Verdict::FitsAfter => Some("it fits once models that run are stopped".to_owned()),
-        Verdict::FitsWithSwap => Some(format!("it needs {} of swap", judgement.swap_needed)),
-        Verdict::Streams => Some(format!(
-            "{}; its mapped weights would be read from disk again and again, {} % of them stay resident",
-            short.unwrap_or_default(),
-            judgement.resident_per_mille / 10
-        )),
-        Verdict::Refused if !judgement.swap_needed.is_zero() => {
-            Some(format!("{}; it would need {} of swap", short?, judgement.swap_needed))
-        }
-        Verdict::Refused => short,
-        Verdict::Unknown => Some("no estimate, no promise".to_owned()),
-    }
+/// `19 layers`, or `19 to 22 layers`.
+fn range(least: &str, most: &str, unit: &str) -> String {
+    if least == most { format!("{least}{unit}") } else { format!("{least} to {most}{unit}") }
+}
+
+/// Why a line does not fit, as part of a sentence.
+pub fn why(line: &Line) -> String {
+    let (pool, bytes) = match line.judgement.short {
+        Some((Pool::Memory, bytes)) => ("memory", bytes),
+        Some((Pool::Gpu(_), bytes)) => ("GPU memory", bytes),
+        Some((Pool::Slice, bytes)) => ("the limit of llm.slice", bytes),
+        None => return "its size is unknown".to_owned(),
+    };
+    format!("{bytes} of {pool} are missing at {} tokens", line.estimate.context)
 }
 
 #[cfg(test)]
