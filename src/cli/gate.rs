@@ -42,6 +42,10 @@ impl Patience {
     pub const NORMAL: Self = Self { absent: Duration::from_secs(60), asks: 10 };
 }
 
+/// What dbus-daemon lets pass in a message on the system bus; it cuts the connection at more. A
+/// model of more files is opened by the daemon itself, which every shard having been opened here
+/// makes no less safe.
+const MOST_DESCRIPTORS: usize = 16;
 /// Between two attempts to connect to a bus that is not there, or to ask a daemon that failed.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -160,8 +164,10 @@ impl Asker<'_> {
         progress: &mut crate::dbus::proxy::AdmitProgressStream,
         say: &mut dyn FnMut(&str),
     ) -> Result<Ended, CallError> {
+        let all = self.question.files;
+        let sent = if all.len() > MOST_DESCRIPTORS { &[] } else { all };
         let files: Vec<(&str, Fd<'_>)> =
-            self.question.files.iter().map(|(path, file)| (path.as_str(), Fd::from(file))).collect();
+            sent.iter().map(|(path, file)| (path.as_str(), Fd::from(file))).collect();
         let call = client.manager().admit(self.question.instance, &files, self.question.environment);
         tokio::pin!(call);
         loop {
@@ -195,5 +201,187 @@ async fn owner_of(bus: &DBusProxy<'_>) -> Result<Option<OwnedUniqueName>, CallEr
         Ok(owner) => Ok(Some(owner)),
         Err(fdo::Error::NameHasNoOwner(_)) => Ok(None),
         Err(error) => Err(zbus::Error::from(error).into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader};
+    use std::process::{Child, Command, Stdio};
+
+    use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+    use crate::dbus::{Error, Kind, PATH};
+
+    /// A message bus of the test's own; none where dbus-daemon is not installed.
+    struct Bus {
+        child: Child,
+        address: String,
+    }
+
+    impl Bus {
+        fn start() -> Option<Self> {
+            let mut child = Command::new("dbus-daemon")
+                .args(["--session", "--nofork", "--nopidfile", "--print-address=1"])
+                .stdout(Stdio::piped())
+                .stderr(Stdio::null())
+                .spawn()
+                .ok()?;
+            let mut address = String::new();
+            BufReader::new(child.stdout.take()?).read_line(&mut address).ok()?;
+            Some(Self { child, address: address.trim().to_owned() })
+        }
+    }
+
+    impl Drop for Bus {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+
+    /// What a test's daemon does with a call to `Admit`.
+    #[derive(Clone, Copy)]
+    enum Behaviour {
+        Admit,
+        Refuse,
+        /// Says that it was asked, and never answers.
+        Hang,
+    }
+
+    struct Daemon {
+        behaviour: Behaviour,
+        asked: UnboundedSender<(String, usize)>,
+    }
+
+    #[zbus::interface(name = "org.plimsoll1.Manager")]
+    impl Daemon {
+        async fn admit(
+            &self,
+            instance: String,
+            files: Vec<(String, zbus::OwnedFd)>,
+            environment: HashMap<String, String>,
+            #[zbus(signal_emitter)] emitter: zbus::object_server::SignalEmitter<'_>,
+        ) -> Result<Admitted, Error> {
+            Self::admit_progress(&emitter, "another".into(), "not for us".into()).await?;
+            Self::admit_progress(&emitter, instance.clone(), "stopping small".into()).await?;
+            self.asked.send((instance, files.len())).unwrap();
+            match self.behaviour {
+                Behaviour::Admit => Ok((vec!["/bin/true".to_owned()], environment)),
+                Behaviour::Refuse => Err(Error::new(Kind::WontFit, "x does not fit")),
+                Behaviour::Hang => std::future::pending().await,
+            }
+        }
+
+        #[zbus(signal)]
+        async fn admit_progress(
+            emitter: &zbus::object_server::SignalEmitter<'_>,
+            instance: String,
+            text: String,
+        ) -> zbus::Result<()>;
+    }
+
+    async fn serve(
+        bus: &Bus,
+        behaviour: Behaviour,
+    ) -> (zbus::Connection, UnboundedReceiver<(String, usize)>) {
+        let (asked, heard) = unbounded_channel();
+        let connection = zbus::connection::Builder::address(bus.address.as_str())
+            .serve_at(PATH, Daemon { behaviour, asked })
+            .name(NAME)
+            .build()
+            .await
+            .unwrap();
+        (connection, heard)
+    }
+
+    const SHORT: Patience = Patience { absent: Duration::from_millis(300), asks: 3 };
+    const LONG: Patience = Patience { absent: Duration::from_secs(60), asks: 3 };
+
+    async fn ask_on(
+        address: &str,
+        files: &[(String, File)],
+        patience: Patience,
+    ) -> (Result<Admitted, CallError>, Vec<String>) {
+        let environment = HashMap::from([("LLAMA_ARG_X".to_owned(), "1".to_owned())]);
+        let question = Question { instance: "x", files, environment: &environment };
+        let mut said = Vec::new();
+        let mut say = |text: &str| said.push(text.to_owned());
+        let answer = ask(Some(address), &question, patience, &mut say).await;
+        (answer, said)
+    }
+
+    #[tokio::test]
+    async fn admission_passes_files_and_tells_progress() {
+        let Some(bus) = Bus::start() else { return };
+        let (_daemon, mut heard) = serve(&bus, Behaviour::Admit).await;
+        let files = [("/dev/null".to_owned(), File::open("/dev/null").unwrap())];
+        let (answer, said) = ask_on(&bus.address, &files, LONG).await;
+        let (argv, environment) = answer.unwrap();
+        assert_eq!(argv, ["/bin/true"]);
+        assert_eq!(environment["LLAMA_ARG_X"], "1");
+        assert_eq!(heard.recv().await, Some(("x".to_owned(), 1)));
+        assert!(!said.iter().any(|text| text == "not for us"), "{said:?}");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_the_answer() {
+        let Some(bus) = Bus::start() else { return };
+        let (_daemon, _heard) = serve(&bus, Behaviour::Refuse).await;
+        let (answer, _) = ask_on(&bus.address, &[], LONG).await;
+        assert_eq!(answer, Err(CallError::Answered(Error::new(Kind::WontFit, "x does not fit"))));
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_dies_is_asked_again_when_it_is_back() {
+        let Some(bus) = Bus::start() else { return };
+        let (daemon, mut heard) = serve(&bus, Behaviour::Hang).await;
+        let restart = async {
+            heard.recv().await.unwrap();
+            // As if killed in the middle of the call: the name goes, no reply ever comes.
+            daemon.close().await.unwrap();
+            serve(&bus, Behaviour::Admit).await
+        };
+        let ((answer, said), _again) = tokio::join!(ask_on(&bus.address, &[], LONG), restart);
+        assert!(answer.is_ok(), "{answer:?}");
+        assert!(said.contains(&"stopping small".to_owned()), "{said:?}");
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_comes_late_is_waited_for() {
+        let Some(bus) = Bus::start() else { return };
+        let (waiting, mut waits) = unbounded_channel();
+        let environment = HashMap::new();
+        let question = Question { instance: "x", files: &[], environment: &environment };
+        let mut say = |text: &str| waiting.send(text.to_owned()).unwrap();
+        let late = async {
+            assert_eq!(waits.recv().await.as_deref(), Some("waiting for plimsolld"));
+            serve(&bus, Behaviour::Admit).await
+        };
+        let (answer, _daemon) = tokio::join!(ask(Some(&bus.address), &question, LONG, &mut say), late);
+        assert!(answer.is_ok(), "{answer:?}");
+    }
+
+    #[tokio::test]
+    async fn patience_ends() {
+        let Some(bus) = Bus::start() else { return };
+        let (answer, said) = ask_on(&bus.address, &[], SHORT).await;
+        assert!(matches!(&answer, Err(CallError::Unreachable(why)) if why.contains(NAME)), "{answer:?}");
+        assert_eq!(said, ["waiting for plimsolld"]);
+        let (answer, _) = ask_on("unix:path=/nowhere/bus", &[], SHORT).await;
+        assert!(matches!(answer, Err(CallError::Unreachable(_))), "{answer:?}");
+    }
+
+    #[tokio::test]
+    async fn a_model_of_many_shards_passes() {
+        let Some(bus) = Bus::start() else { return };
+        let (_daemon, mut heard) = serve(&bus, Behaviour::Admit).await;
+        let open = |n| (format!("/shard-{n}"), File::open("/dev/null").unwrap());
+        let files: Vec<(String, File)> = (0..40).map(open).collect();
+        let (answer, _) = ask_on(&bus.address, &files, LONG).await;
+        assert!(answer.is_ok(), "{answer:?}");
+        // More than the bus lets pass: the daemon opens them itself.
+        assert_eq!(heard.recv().await, Some(("x".to_owned(), 0)));
     }
 }

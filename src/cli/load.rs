@@ -26,15 +26,24 @@ pub(super) fn load(common: &Common, args: &Load) -> Result<(), Failure> {
         let client = super::connect(common).await?;
         // Subscribed before the call: a job may end before its path arrives.
         let mut removed = client.manager().receive_job_removed().await.map_err(CallError::from)?;
+        let before = explain(&client, &args.name).await.map(|decision| decision.at_msec);
         let started = Instant::now();
         let job = client.load(&args.name, &options).await?;
         if args.no_wait {
             return output::print(&format!("loading {} as {}", args.name, job.as_str()));
         }
-        follow(&client, &job, &mut removed, &args.name, "running").await?;
+        let followed = follow(&client, &job, &mut removed, &args.name, "running").await;
         let took = started.elapsed();
+        // What was decided now, not what was decided when it was started long ago.
+        let decision = explain(&client, &args.name).await;
+        let decision = decision.filter(|decision| Some(decision.at_msec) != before);
+        if let Err(failure) = followed {
+            // A unit that failed because it was refused: then that is what there is to say.
+            let refused = decision.filter(|decision| decision.kind == "refuse" && failure.exit == Exit::Failed);
+            return Err(refused.map_or(failure, |decision| Failure::new(Exit::Refused, decision.text)));
+        }
         let mut text = format!("{} is ready after {}", args.name, duration(took));
-        if let Some(decision) = explain(&client, &args.name).await {
+        if let Some(decision) = decision {
             for line in consequences(&decision) {
                 text.push('\n');
                 text.push_str(&line);

@@ -12,7 +12,6 @@ mod fit;
 mod gate;
 mod generator;
 mod load;
-mod notify;
 mod output;
 mod process;
 mod run;

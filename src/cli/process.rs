@@ -1,9 +1,14 @@
 //! The main process of a unit, as `wait-ready` watches it.
 
 use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::bytes::{Bytes, MIB};
+use crate::os::pidfd_open;
 
 /// A process, told from a later one with the same number by its start time.
 #[derive(Debug)]
@@ -11,6 +16,8 @@ pub struct Process {
     root: PathBuf,
     pid: u32,
     start_time: u64,
+    /// Readable once it has ended; absent where the kernel has none, or in tests.
+    pidfd: Option<OwnedFd>,
 }
 
 /// How far a unit's main process has come.
@@ -56,9 +63,23 @@ impl Process {
     /// The process `pid` as it is now, if it lives. `root` is `/` but in tests.
     #[must_use]
     pub fn find(root: &Path, pid: u32) -> Option<Self> {
-        let process = Self { root: root.to_owned(), pid, start_time: 0 };
+        // Opened first: if the number was given to another process since, its start time is later.
+        let pidfd = if root == Path::new("/") { pidfd_open(pid).ok() } else { None };
+        let process = Self { root: root.to_owned(), pid, start_time: 0, pidfd };
         let (alive, start_time) = process.stat()?;
         alive.then_some(Self { start_time, ..process })
+    }
+
+    /// Lets `time` pass, or less when the process ends meanwhile.
+    pub fn sleep(&self, time: Duration) {
+        match &self.pidfd {
+            Some(pidfd) => {
+                let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+                // Interrupted or ended: the caller looks anyway.
+                let _ = poll(&mut fds, PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX));
+            }
+            None => std::thread::sleep(time),
+        }
     }
 
     /// How far it has come.

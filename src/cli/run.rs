@@ -17,8 +17,8 @@ use super::args::{Common, Run};
 use super::failure::{Exit, Failure};
 use super::files::{open_all, user_name};
 use super::gate::{self, Patience, Question};
-use super::notify::Notify;
 use super::output;
+use crate::action::notify::Notifier;
 use crate::config::{self, Instance, Model};
 use crate::dbus::proxy::Admitted;
 use crate::dbus::{BUS_ADDRESS_VARIABLE, CallError};
@@ -32,9 +32,9 @@ const RELEVANT: [&str; 9] =
 const SECRET: [&str; 5] = ["KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL"];
 
 pub(super) fn run(common: &Common, args: &Run) -> Result<Exit, Failure> {
-    let notify = Notify::from_env();
+    let notify = Notifier::from_environment();
     let failed = |failure: Failure| {
-        notify.status(&failure.message);
+        tell(&notify, &failure.message);
         failure
     };
     match gate(common, args, &notify) {
@@ -47,7 +47,7 @@ pub(super) fn run(common: &Common, args: &Run) -> Result<Exit, Failure> {
 }
 
 /// Everything up to the daemon's answer.
-fn gate(common: &Common, args: &Run, notify: &Notify) -> Result<Admitted, Failure> {
+fn gate(common: &Common, args: &Run, notify: &Notifier) -> Result<Admitted, Failure> {
     let loaded = config::load(&args.root.root);
     let (instance, model) =
         loaded.instance(&args.instance).map_err(|error| Failure::config(error.to_string()))?;
@@ -57,10 +57,10 @@ fn gate(common: &Common, args: &Run, notify: &Notify) -> Result<Admitted, Failur
     let environment: HashMap<String, String> = environment.into_iter().collect();
     let name = instance.to_string();
     let question = Question { instance: &name, files: &files, environment: &environment };
-    notify.status("waiting for admission");
+    tell(notify, "waiting for admission");
     let mut said = String::new();
     let mut say = |text: &str| {
-        notify.status(text);
+        tell(notify, text);
         // In the journal once for each change, for whoever asks later what took so long.
         if text != said {
             text.clone_into(&mut said);
@@ -76,6 +76,11 @@ fn gate(common: &Common, args: &Run, notify: &Notify) -> Result<Admitted, Failur
             error => error.into(),
         })
     })
+}
+
+/// The unit's status line. Nothing depends on it: a service manager that does not listen shows less.
+fn tell(notify: &Notifier, text: &str) {
+    let _ = notify.status(text.lines().next().unwrap_or_default());
 }
 
 /// What could never succeed: engine, files, port. Returns the files that the estimate is made of.

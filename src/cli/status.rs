@@ -93,7 +93,12 @@ fn overview(status: &Status, painter: Painter) -> String {
             out.push_str("* pinned: never evicted\n");
         }
         for model in shown.iter().filter(|m| !m.message.is_empty()) {
-            out.push_str(&wrap(&format!("{}: {}", model.instance, model.message), 2));
+            let message = &model.message;
+            let own = message.starts_with(&model.instance);
+            out.push_str(&wrap(
+                &if own { message.clone() } else { format!("{}: {message}", model.instance) },
+                2,
+            ));
         }
     }
     if !quiet.is_empty() {

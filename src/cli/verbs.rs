@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::agent::Agent;
 use super::args::{Common, Explain, Mode, Plan};
 use super::failure::{Exit, Failure};
-use super::output::{self, Painter, Style};
+use super::output::{self, Painter, Style, wrap};
 use crate::dbus::CallError;
 use crate::dbus::report::{Decision, Step};
 
@@ -82,8 +82,9 @@ fn plan_text(plan: &Decision, painter: Painter) -> String {
     let mut out = String::new();
     let style = verdict_style(&plan.verdict);
     let _ = writeln!(out, "{}: {}", plan.instance, painter.paint(style, &plan.verdict));
-    if !plan.text.is_empty() {
-        let _ = writeln!(out, "{}", plan.text);
+    // With steps, the sentence says the same again.
+    if !plan.text.is_empty() && plan.steps.is_empty() {
+        out.push_str(&wrap(&plan.text, 0));
     }
     for (n, step) in plan.steps.iter().enumerate() {
         let _ = writeln!(out, "{:>3}. {}", n + 1, step_text(step));
@@ -110,7 +111,7 @@ fn explain_text(decision: &Decision, painter: Painter) -> String {
         let _ = writeln!(out, "  observe mode: nothing of it was done");
     }
     if !decision.text.is_empty() {
-        let _ = writeln!(out, "  {}", decision.text);
+        out.push_str(&wrap(&format!("  {}", decision.text), 2));
     }
     if decision.context > 0 {
         let _ = writeln!(out, "  context {}", decision.context);

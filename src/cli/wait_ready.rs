@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use super::args::WaitReady;
 use super::failure::{Exit, Failure};
-use super::notify::Notify;
 use super::process::{Process, Stage};
+use crate::action::notify::Notifier;
 use crate::config::{self, Instance, Model};
 
 /// How often systemd is asked for more time.
@@ -36,12 +36,12 @@ pub(super) fn wait_ready(args: &WaitReady) -> Result<Exit, Failure> {
         // Refused or broken within the first moments: it has said why itself.
         return Ok(Exit::Failed);
     };
-    wait(&process, &endpoint, model.stall_timeout, &Notify::from_env())
+    wait(&process, &endpoint, model.stall_timeout, &Notifier::from_environment())
 }
 
 /// Waits for `endpoint` to answer. `Exit::Failed` without a word when the process ended at the
 /// gate, for then it has said why itself.
-fn wait(process: &Process, endpoint: &Endpoint, stall: Duration, notify: &Notify) -> Result<Exit, Failure> {
+fn wait(process: &Process, endpoint: &Endpoint, stall: Duration, notify: &Notifier) -> Result<Exit, Failure> {
     let started = Instant::now();
     let mut moved = Instant::now();
     let mut extended: Option<Instant> = None;
@@ -61,7 +61,7 @@ fn wait(process: &Process, endpoint: &Endpoint, stall: Duration, notify: &Notify
                 at_gate = false;
                 last = endpoint.ask();
                 if last == Answer::Ready {
-                    notify.status(&format!("ready at {}", endpoint.name));
+                    let _ = notify.status(&format!("ready at {}", endpoint.name));
                     return Ok(Exit::Done);
                 }
                 let now = process.movement();
@@ -76,12 +76,14 @@ fn wait(process: &Process, endpoint: &Endpoint, stall: Duration, notify: &Notify
         }
         if extended.is_none_or(|at| at.elapsed() >= EXTEND_EVERY) {
             extended = Some(Instant::now());
-            notify.extend_timeout(stall + EXTEND_MARGIN);
+            // A service manager that does not take it ends this process at its own time-out.
+            let _ = notify.extend_timeout(stall + EXTEND_MARGIN);
             if stage == Stage::Engine {
-                notify.status(&format!("loading: {} in memory, {} read", seen.resident, seen.read));
+                let text = format!("loading: {} in memory, {} read", seen.resident, seen.read);
+                let _ = notify.status(&text);
             }
         }
-        std::thread::sleep(pause(started.elapsed()));
+        process.sleep(pause(started.elapsed()));
     }
 }
 
@@ -289,7 +291,7 @@ mod tests {
         crate::cli::process::tests::write_process(&root, 7, "S", &["/usr/bin/plimsoll", "run", "x"]);
         let process = Process::find(&root, 7).unwrap();
         crate::cli::process::tests::write_process(&root, 7, "Z", &[]);
-        let ended = wait(&process, &endpoint, Duration::from_secs(60), &Notify::from_env());
+        let ended = wait(&process, &endpoint, Duration::from_secs(60), &Notifier::from_environment());
         assert_eq!(ended, Ok(Exit::Failed));
         std::fs::remove_dir_all(root).unwrap();
     }
@@ -301,7 +303,7 @@ mod tests {
         let root = tempdir("stalled");
         crate::cli::process::tests::write_process(&root, 7, "S", &["/usr/bin/llama-server"]);
         let process = Process::find(&root, 7).unwrap();
-        let failure = wait(&process, &endpoint, Duration::ZERO, &Notify::from_env()).unwrap_err();
+        let failure = wait(&process, &endpoint, Duration::ZERO, &Notifier::from_environment()).unwrap_err();
         assert_eq!(failure.message, "nothing has moved for 0 s, and x does not answer");
         std::fs::remove_dir_all(root).unwrap();
     }

@@ -199,9 +199,9 @@ impl Handle {
     /// Numbers the job of an unload. What runs may be stopped even where its configuration is gone.
     ///
     /// # Errors
-    /// The name makes no sense.
+    /// Nothing of that name is configured or runs.
     pub async fn prepare_unload(&self, instance: String) -> Result<Job, Fault> {
-        let instance = self.name(instance).await?;
+        let instance = self.shown(instance).await?;
         Ok(self.job(instance, JobKind::Unload))
     }
 
@@ -215,7 +215,7 @@ impl Handle {
     /// # Errors
     /// There is no such model.
     pub async fn pin(&self, instance: String, pinned: bool) -> Result<(), Fault> {
-        let instance = self.name(instance).await?;
+        let instance = self.shown(instance).await?;
         self.call(|reply| Command::Pin(instance, pinned, reply)).await
     }
 
@@ -271,6 +271,17 @@ impl Handle {
 
     /// The instance that a text means; what only looks like a name will do where nothing is
     /// configured under it (any more).
+    /// The instance of that name, which is configured or still runs without a configuration.
+    async fn shown(&self, text: String) -> Result<Instance, Fault> {
+        let resolve = move |catalog: &dyn Catalog| catalog.resolve(&text).map_err(|error| (error, text));
+        let (error, text) = match self.read(resolve).await? {
+            Ok(instance) => return Ok(instance),
+            Err(unknown) => unknown,
+        };
+        let shown = self.status().await?.models.into_iter().any(|model| model.instance == text);
+        text.parse().ok().filter(|_| shown).ok_or(Fault::Catalog(error))
+    }
+
     async fn name(&self, text: String) -> Result<Instance, Fault> {
         let resolve = move |catalog: &dyn Catalog| match catalog.resolve(&text) {
             Ok(instance) => Ok(instance),

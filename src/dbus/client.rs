@@ -46,6 +46,7 @@ impl Client {
                 zbus::Error::Connection(source, _) => source.to_string(),
                 other => other.to_string(),
             };
+            let reason = reason.split(" (os error").next().unwrap_or_default();
             CallError::Unreachable(format!("no connection to {bus}: {reason}"))
         })?;
         let manager =

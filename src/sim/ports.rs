@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::scenario::Scenario;
 use super::world::{Emitted, World};
+use nix::time::{ClockId, clock_gettime};
+
 use crate::ledger::{Gpu, Machine};
 use crate::policy::core::Effect;
 use crate::policy::{ActionId, Event, Refusal, Request};
@@ -14,6 +16,9 @@ use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Outcomes, Ports, Wi
 /// [`Ports`] over a [`World`].
 pub struct SimPorts {
     shared: Arc<Shared>,
+    /// The clock of the real machine when the scenario began, so that times of decisions mean what
+    /// they mean on a real machine; milliseconds since boot.
+    booted: u64,
 }
 
 struct Shared {
@@ -54,7 +59,8 @@ impl SimPorts {
             Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), begun: Instant::now() });
         let clock = Arc::clone(&shared);
         std::thread::spawn(move || keep_time(&clock, &events));
-        Self { shared }
+        let booted = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+        Self { shared, booted: u64::try_from(booted.as_millis()).unwrap_or(0) }
     }
 }
 
@@ -102,7 +108,7 @@ fn keep_time(shared: &Shared, events: &impl Fn(Event)) {
 
 impl Ports for SimPorts {
     fn now(&self) -> u64 {
-        self.shared.now()
+        self.booted + self.shared.now()
     }
 
     fn observe(&mut self) -> Machine {

@@ -66,7 +66,10 @@ pub fn changed(subject: &Subject) -> Vec<String> {
         }
         other => format!(" {other}"),
     };
-    let named = subject.sources.keys().filter(|name| *name != "ctx-size");
+    let named = subject
+        .sources
+        .keys()
+        .filter(|name| !matches!(name.as_str(), "ctx-size" | "model" | "host" | "port"));
     named.map(|name| format!("--{name}{}", of(name).map(text).unwrap_or_default())).collect()
 }
 
