@@ -39,7 +39,8 @@ pub(super) fn load(common: &Common, args: &Load) -> Result<(), Failure> {
         let decision = decision.filter(|decision| Some(decision.at_msec) != before);
         if let Err(failure) = followed {
             // A unit that failed because it was refused: then that is what there is to say.
-            let refused = decision.filter(|decision| decision.kind == "refuse" && failure.exit == Exit::Failed);
+            let refused =
+                decision.filter(|decision| decision.kind == "refuse" && failure.exit == Exit::Failed);
             return Err(refused.map_or(failure, |decision| Failure::new(Exit::Refused, decision.text)));
         }
         let mut text = format!("{} is ready after {}", args.name, duration(took));
