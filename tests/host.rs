@@ -195,7 +195,7 @@ fn nonsense_is_an_error_or_left_out() {
     assert_eq!(host.processes(&unit).unwrap(), [7]);
     let cards = host.cards().unwrap();
     assert_eq!(cards.iter().map(|card| card.name.as_str()).collect::<Vec<_>>(), ["card0", "card1"]);
-    assert_eq!(cards[0].heap(), Some(Heap::Gtt), "no gpu_metrics and no mem_busy_percent: an APU");
+    assert_eq!(cards[0].heap(), Some(Heap::Gtt), "in doubt an APU");
     assert_eq!(cards[1].gtt, None);
     let usage = host.drm_usage(&[7]).unwrap();
     assert!(cards.iter().all(|card: &Card| usage.of(card) == Bytes::ZERO));
@@ -282,7 +282,7 @@ fn no_contents_make_it_panic() {
         for file in ["memory.current", "memory.max", "memory.events", "cgroup.events"] {
             std::fs::write(copy.0.join(unit).join(file), &files[0]).unwrap();
         }
-        for file in ["uevent", "gpu_metrics", "mem_info_gtt_total", "mem_info_vram_used"] {
+        for file in ["uevent", "mem_info_gtt_total", "mem_info_vram_used"] {
             std::fs::write(copy.0.join("sys/class/drm/card0/device").join(file), &files[1]).unwrap();
         }
         let host = Host::at(&copy.0);

@@ -2,12 +2,13 @@
 //!
 //! Which pool a GPU's memory is, is decided here by two rules:
 //!
-//! - An amdgpu device is an APU when the header of `gpu_metrics` says format 2 or 3; format 1 is a
-//!   card (the kernel's kgd_pp_interface.h has it so). Without that file, when there is no
-//!   `mem_busy_percent`, which the driver leaves out on APUs. Sizes say nothing: a card of 24 GiB
-//!   in a machine of 128 GiB has a larger GTT than memory of its own, and an APU may have either
-//!   way round. In doubt an APU: its bytes are then charged to system memory too, which can
-//!   refuse too much but never overcommits.
+//! - An amdgpu device is a card when it has `mem_busy_percent` or `pcie_bw`, which the driver leaves
+//!   out on APUs (the first also on Vega 10; default_attr_update() in its amdgpu_pm.c). Only the
+//!   names are looked at: reading them, or `gpu_metrics`, asks the GPU's firmware, and waits when
+//!   that hangs. Sizes say nothing: a card of 24 GiB in a machine of 128 GiB has a larger GTT than
+//!   memory of its own, and an APU may have either way round. In doubt (a virtual function has
+//!   neither file) an APU: its bytes are then charged to system memory too, which can refuse too
+//!   much but never overcommits.
 //! - An APU's models are in GTT, unless the firmware carved out more memory than GTT has: the
 //!   driver itself prefers GTT exactly when it is larger. The carve-out is not part of MemTotal,
 //!   so an APU that uses it is a pool of its own, like a card. A small carve-out counts for
@@ -15,7 +16,7 @@
 
 use std::path::Path;
 
-use super::{Host, HostError, read_bounded};
+use super::{Host, HostError};
 use crate::bytes::Bytes;
 use crate::ledger::{Gpu, GpuKind};
 
@@ -134,10 +135,5 @@ impl Host {
 
 /// Whether an amdgpu device is an APU.
 fn is_apu(device: &Path) -> bool {
-    // struct metrics_table_header: the structure's size in two bytes, then the format's revision.
-    match read_bounded(&device.join("gpu_metrics")).ok().as_deref() {
-        Some([_, _, 1, ..]) => false,
-        Some([_, _, 2 | 3, ..]) => true,
-        _ => !device.join("mem_busy_percent").exists(),
-    }
+    !["mem_busy_percent", "pcie_bw"].iter().any(|name| device.join(name).exists())
 }
