@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use plimsoll::action::page_cache::{drop_file, open_regular};
 use plimsoll::action::state_file::{Loaded, StateFile};
-use plimsoll::action::systemd::{self, Systemd, SystemdError, UNITS, UnitEvent};
+use plimsoll::action::systemd::{self, Applied, Systemd, SystemdError, UNITS, UnitEvent};
 use plimsoll::action::{Changed, cgroup};
 use plimsoll::bytes::Bytes;
 use plimsoll::config::Instance;
@@ -83,6 +83,18 @@ async fn until(systemd: &Systemd, unit: &Unit, state: UnitState, sub_state: &str
         }
     };
     tokio::time::timeout(PATIENCE, wait).await.unwrap();
+}
+
+/// Sets limits; returns them and whether that changed anything.
+async fn limit(
+    systemd: &Systemd,
+    unit: &str,
+    group: &Path,
+    limits: Limits,
+    previous: Option<&Applied>,
+) -> (Applied, Changed) {
+    let chosen = systemd.choose_limits(unit, Some(group), limits, previous).await.unwrap();
+    (chosen, systemd.set_limits(unit, &chosen).await.unwrap())
 }
 
 async fn started(systemd: &Systemd, unit: &Unit) -> (ControlGroup, u32) {
@@ -218,19 +230,19 @@ async fn memory_is_measured_limited_and_reclaimed() {
 
     // Below what it uses, but not below what can't be reclaimed: the cache goes.
     let limits = Limits { high: Bytes::mib(110), max: Bytes::gib(2), swap_max: Some(Bytes::ZERO) };
-    let (applied, changed) = systemd.set_limits(&unit.name(), Some(&directory), limits, None).await.unwrap();
+    let (applied, changed) = limit(&systemd, &unit.name(), &directory, limits, None).await;
     assert_eq!(changed, Changed::Changed);
     assert_eq!(applied.set.max, Bytes::gib(1), "the administrator's");
     assert_eq!(applied.set.high, Bytes::mib(110));
     assert_eq!(systemd.limits(&unit.name()).await.unwrap(), applied.set);
     assert_eq!(host.memory_limit(&group).unwrap(), Some(Bytes::gib(1)));
     assert!(host.memory_current(&group).unwrap() <= Bytes::mib(110));
-    let again = systemd.set_limits(&unit.name(), Some(&directory), limits, Some(applied)).await.unwrap();
-    assert_eq!(again, (applied, Changed::Unchanged));
+    let (again, changed) = limit(&systemd, &unit.name(), &directory, limits, Some(&applied)).await;
+    assert_eq!((again.set, changed), (applied.set, Changed::Unchanged));
 
     // Below what can't be reclaimed: usage is the limit then, and nothing is killed.
     let tight = Limits { high: Bytes::mib(20), max: Bytes::mib(30), ..limits };
-    let (tight, _) = systemd.set_limits(&unit.name(), Some(&directory), tight, Some(applied)).await.unwrap();
+    let (tight, _) = limit(&systemd, &unit.name(), &directory, tight, Some(&applied)).await;
     assert!(tight.set.high > Bytes::mib(60) && tight.set.high < Bytes::mib(110), "{tight:?}");
     assert_eq!(systemd.unit(&unit.name()).await.unwrap().state, UnitState::Active);
     assert_eq!(host.memory_events(&group).unwrap().oom_kill, 0);
@@ -290,7 +302,7 @@ async fn the_daemons_sandbox_allows_what_it_needs() {
     assert!(host.drm_usage(&[status.main_pid]).is_some(), "fdinfo of another user's process");
     cgroup::reclaim(&directory, Bytes::ZERO, std::time::Instant::now() + PATIENCE).unwrap();
     let limits = Limits { high: Bytes::gib(1), max: Bytes::gib(1), swap_max: None };
-    let (applied, _) = systemd.set_limits(unit, Some(&directory), limits, None).await.unwrap();
+    let (applied, _) = limit(&systemd, unit, &directory, limits, None).await;
     assert_eq!(applied.set.max, Bytes::gib(1));
     // A pressure trigger with a window that takes CAP_SYS_RESOURCE.
     let mut trigger = std::fs::File::options().read(true).write(true).open("/proc/pressure/memory").unwrap();

@@ -26,40 +26,47 @@ pub struct Values {
     pub swap_max: Bytes,
 }
 
-/// What was set for a unit, and what stood there before.
+/// What is set for a unit, and what stood there before.
 ///
 /// systemd keeps what is set at run time under /run until the machine restarts, and shows it like
-/// any other value. So the daemon must remember it as long, in /run too, to tell its own limits
-/// from the administrator's.
+/// any other value. So the daemon must remember it as long, in /run too, and before it is set, to
+/// tell its own limits from the administrator's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Applied {
     /// Ours.
     pub set: Values,
+    /// What stood there when ours were chosen: ours of before, or the administrator's. It still
+    /// does when the daemon ended before it had set them.
+    pub before: Values,
     /// The administrator's.
     pub administrator: Values,
 }
 
-/// What to set where `wanted` is wanted and `current` stands: each at most the administrator's.
-/// A value that is as we set it is ours, any other the administrator's.
+/// The administrator's limits where `current` stands and `previous` was chosen last: a value that is
+/// as we set it is ours, any other the administrator's.
 #[must_use]
-pub fn merge(wanted: Limits, current: Values, previous: Option<Applied>) -> Applied {
-    let administrator = |of: fn(&Values) -> Bytes| match previous {
-        Some(previous) if of(&previous.set) == of(&current) => of(&previous.administrator),
+pub fn administrators(current: Values, previous: Option<&Applied>) -> Values {
+    let pick = |of: fn(&Values) -> Bytes| match previous {
+        Some(previous) if [previous.set, previous.before].iter().any(|ours| of(ours) == of(&current)) => {
+            of(&previous.administrator)
+        }
         _ => of(&current),
     };
-    let administrator = Values {
-        high: administrator(|values| values.high),
-        max: administrator(|values| values.max),
-        swap_max: administrator(|values| values.swap_max),
-    };
+    Values { high: pick(|v| v.high), max: pick(|v| v.max), swap_max: pick(|v| v.swap_max) }
+}
+
+/// What to set where `wanted` is wanted and `current` stands: each at most the administrator's.
+#[must_use]
+pub fn merge(wanted: Limits, current: Values, previous: Option<&Applied>) -> Applied {
+    let administrator = administrators(current, previous);
     let max = wanted.max.min(administrator.max);
     let set = Values {
         high: wanted.high.min(administrator.high).min(max),
         max,
         swap_max: wanted.swap_max.unwrap_or(Bytes::MAX).min(administrator.swap_max),
     };
-    Applied { set, administrator }
+    Applied { set, before: current, administrator }
 }
 
 impl Applied {
@@ -83,34 +90,38 @@ impl Systemd {
         Ok(Values { high: Bytes(high), max: Bytes(max), swap_max: Bytes(swap_max) })
     }
 
-    /// Sets a unit's limits until the machine restarts. `previous` is what this returned last for
-    /// the unit, `group` the directory of its control group. Where the group uses more, it is
-    /// reclaimed from first, and what then remains is not cut off.
-    pub async fn set_limits(
+    /// Chooses a unit's limits and makes room for them: where its control group, whose directory is
+    /// `group`, uses more, it is reclaimed from, and what then remains is not cut off. `previous`
+    /// is what this returned last for the unit. To be remembered, then given to [`Self::set_limits`].
+    pub async fn choose_limits(
         &self,
         unit: &str,
         group: Option<&Path>,
         wanted: Limits,
-        previous: Option<Applied>,
-    ) -> Result<(Applied, Changed), SystemdError> {
+        previous: Option<&Applied>,
+    ) -> Result<Applied, SystemdError> {
         let current = self.limits(unit).await?;
-        let mut applied = merge(wanted, current, previous);
-        if let Some(group) = group
-            && applied.set.high < current.high
-        {
-            let usage = shrink(group.to_owned(), applied.set.high).await;
-            applied = applied.above(usage);
+        let chosen = merge(wanted, current, previous);
+        match group {
+            Some(group) if chosen.set.high < current.high => {
+                Ok(chosen.above(shrink(group.to_owned(), chosen.set.high).await))
+            }
+            _ => Ok(chosen),
         }
-        if applied.set == current {
-            return Ok((applied, Changed::Unchanged));
+    }
+
+    /// Sets a unit's limits until the machine restarts.
+    pub async fn set_limits(&self, unit: &str, chosen: &Applied) -> Result<Changed, SystemdError> {
+        if chosen.set == chosen.before {
+            return Ok(Changed::Unchanged);
         }
         let properties = [
-            ("MemoryHigh", Variant::from(applied.set.high.0)),
-            ("MemoryMax", Variant::from(applied.set.max.0)),
-            ("MemorySwapMax", Variant::from(applied.set.swap_max.0)),
+            ("MemoryHigh", Variant::from(chosen.set.high.0)),
+            ("MemoryMax", Variant::from(chosen.set.max.0)),
+            ("MemorySwapMax", Variant::from(chosen.set.swap_max.0)),
         ];
         bounded("SetUnitProperties", self.manager.set_unit_properties(unit, true, &properties)).await?;
-        Ok((applied, Changed::Changed))
+        Ok(Changed::Changed)
     }
 }
 
@@ -141,7 +152,7 @@ mod tests {
         assert_eq!(applied.set, Values { high: Bytes::gib(10), max: Bytes::gib(11), swap_max: Bytes::ZERO });
         assert_eq!(applied.administrator, NONE);
         // Ours are found the next time and are not taken for the administrator's.
-        let grown = merge(wanted(20, 21), applied.set, Some(applied));
+        let grown = merge(wanted(20, 21), applied.set, Some(&applied));
         assert_eq!((grown.set.max, grown.administrator), (Bytes::gib(21), NONE));
     }
 
@@ -150,11 +161,23 @@ mod tests {
         let limited = Values { max: Bytes::gib(8), ..NONE };
         let applied = merge(wanted(10, 11), limited, None);
         assert_eq!((applied.set.high, applied.set.max), (Bytes::gib(8), Bytes::gib(8)));
-        let again = merge(wanted(10, 11), applied.set, Some(applied));
-        assert_eq!(again, applied);
+        let again = merge(wanted(10, 11), applied.set, Some(&applied));
+        assert_eq!((again.set, again.administrator), (applied.set, applied.administrator));
         // A limit that was changed meanwhile is the administrator's.
-        let changed = merge(wanted(10, 11), Values { max: Bytes::gib(9), ..applied.set }, Some(applied));
+        let changed = merge(wanted(10, 11), Values { max: Bytes::gib(9), ..applied.set }, Some(&applied));
         assert_eq!((changed.set.max, changed.administrator.max), (Bytes::gib(9), Bytes::gib(9)));
+    }
+
+    #[test]
+    fn limits_that_were_chosen_and_never_set_are_no_trap() {
+        let limited = Values { max: Bytes::gib(30), ..NONE };
+        let first = merge(wanted(10, 11), limited, None);
+        // The daemon ended between remembering the second and setting it: the first still stand.
+        let second = merge(wanted(20, 21), first.set, Some(&first));
+        let third = merge(wanted(40, 41), first.set, Some(&second));
+        assert_eq!((third.set.max, third.administrator), (Bytes::gib(30), limited));
+        // The same before anything was ever set.
+        assert_eq!(administrators(limited, Some(&first)), limited);
     }
 
     #[test]
@@ -165,7 +188,7 @@ mod tests {
         assert_eq!(applied.set.swap_max, Bytes::gib(4));
         // What we once set ourselves is taken back.
         let ours = merge(wanted(1, 2), limited, None);
-        assert_eq!(merge(limits, ours.set, Some(ours)).set.swap_max, Bytes::gib(4));
+        assert_eq!(merge(limits, ours.set, Some(&ours)).set.swap_max, Bytes::gib(4));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use zbus::proxy::CacheProperties;
 use zbus::{Connection, OwnedObjectPath};
 
-pub use limits::{Applied, Values, merge};
+pub use limits::{Applied, Values, administrators, merge};
 pub use watch::{UnitEvent, Watch};
 
 use super::Changed;

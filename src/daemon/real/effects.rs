@@ -99,15 +99,17 @@ impl Effects {
         let unit = instance.unit();
         let group = self.group(instance);
         let previous = self.units.applied(instance);
-        let set = self.systemd.set_limits(&unit, group.as_deref(), limits, previous).await;
-        let (applied, _) = set.map_err(|error| format!("{instance} runs without limits: {error}"))?;
-        let all = self.units.set_applied(instance, applied);
+        let failed = |error: SystemdError| format!("{instance} runs without limits: {error}");
+        let chosen = self.systemd.choose_limits(&unit, group.as_deref(), limits, previous.as_ref()).await;
+        let chosen = chosen.map_err(failed)?;
+        // Remembered before they are set: what is found without is taken for the administrator's.
+        let all = self.units.set_applied(instance, chosen);
         let files = Arc::clone(&self.files);
         let saved = tokio::task::spawn_blocking(move || files.save_limits(&all)).await;
         if let Ok(Err(error)) = saved {
             tracing::warn!("{error}");
         }
-        Ok(())
+        self.systemd.set_limits(&unit, &chosen).await.map(drop).map_err(failed)
     }
 
     fn group(&self, instance: &Instance) -> Option<PathBuf> {

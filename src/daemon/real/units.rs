@@ -5,7 +5,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
-use crate::action::systemd::{Applied, Systemd, SystemdError, UNITS, UnitEvent, UnitStatus, starting};
+use crate::action::systemd::{
+    Applied, Systemd, SystemdError, UNITS, UnitEvent, UnitStatus, administrators, starting,
+};
 use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::daemon::Input;
@@ -89,11 +91,7 @@ impl Units {
         let slice = systemd.slice_limit("llm.slice").await?;
         let mut known = self.lock();
         known.slice_limit = slice;
-        let ours = known.limits.get(instance).copied();
-        let admin = match ours {
-            Some(ours) if ours.set.max == current.max => ours.administrator.max,
-            _ => current.max,
-        };
+        let admin = administrators(current, known.limits.get(instance)).max;
         if admin == Bytes::MAX {
             known.admin.remove(instance);
         } else {
