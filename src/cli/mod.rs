@@ -26,7 +26,9 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
 
+pub use args::Shell;
 use args::{Cli, Common, Verb};
+pub use completions::script as completion_script;
 pub use failure::{Exit, Failure};
 
 use crate::dbus::{BUS_ADDRESS_VARIABLE, Client};

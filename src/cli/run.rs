@@ -26,8 +26,8 @@ use crate::engine::{self, Purpose};
 
 /// Variables that change what an engine takes, by their beginnings: llama.cpp's own, and those by
 /// which GPU runtimes choose devices and kinds of memory.
-const RELEVANT: [&str; 9] =
-    ["LLAMA_ARG_", "GGML_", "HSA_", "HIP_", "ROCR_", "ROCM_", "CUDA_", "GPU_", "AMD_"];
+const RELEVANT: [&str; 10] =
+    ["LLAMA_ARG_", "GGML_", "HSA_", "HIP_", "ROCR_", "CUDA_", "GPU_", "AMD_", "VK_", "MESA_"];
 /// Parts of names that sound like a secret: those never go over the bus.
 const SECRET: [&str; 5] = ["KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL"];
 

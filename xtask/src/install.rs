@@ -69,6 +69,7 @@ pub struct InstallOptions {
 /// Builds the two programs; returns the directory that holds them.
 pub fn build(profile: &str) -> Result<PathBuf> {
     let root = host::source_root();
+    crate::man::generate()?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.current_dir(&root).args(["build", "--quiet", "--locked", "--package", "plimsoll", "--bins"]);

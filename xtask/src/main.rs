@@ -8,6 +8,7 @@ mod demo;
 mod host;
 mod install;
 mod lab;
+mod man;
 mod models;
 mod scenarios;
 mod test;
@@ -42,6 +43,8 @@ enum Task {
         #[arg(long, default_value = "")]
         suffix: String,
     },
+    /// Write manual pages and shell completions to target/generated
+    Man,
     /// Boot the virtual machine by hand
     Vm {
         #[command(subcommand)]
@@ -95,6 +98,10 @@ fn run(task: Task) -> Result<u8> {
         Task::Install(options) => install::install(&options).map(|()| 0),
         Task::Deb { profile, suffix } => {
             println!("{}", deb::build(&profile, &suffix)?.display());
+            Ok(0)
+        }
+        Task::Man => {
+            println!("{}", man::generate()?.display());
             Ok(0)
         }
         Task::Vm { action: VmAction::Build, image } => {
