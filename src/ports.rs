@@ -62,32 +62,6 @@ pub trait Catalog: Send + Sync {
         Vec::new()
     }
 
-    /// What a model would take at each of `contexts` (none: at the configured one), as the JSON of
-    /// `plimsoll fit`.
-    ///
-    /// # Errors
-    /// As [`Catalog::request`].
-    fn fit(&self, wish: &Wish, contexts: &[u64], machine: &Machine) -> Result<String, CatalogError> {
-        let _ = (wish, contexts, machine);
-        Err(CatalogError::Config("this machine has no estimates to show".to_owned()))
-    }
-
-    /// The same for files that a caller has opened, all shards of one model; the names are labels.
-    /// `arguments` are the engine's.
-    ///
-    /// # Errors
-    /// As [`Catalog::request`].
-    fn fit_files(
-        &self,
-        files: Vec<(PathBuf, File)>,
-        arguments: &[String],
-        contexts: &[u64],
-        machine: &Machine,
-    ) -> Result<String, CatalogError> {
-        let _ = (files, arguments, contexts, machine);
-        Err(CatalogError::Config("this machine has no estimates to show".to_owned()))
-    }
-
     /// What is asked of the decisions when `wish` is granted.
     ///
     /// # Errors

@@ -2,8 +2,11 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
+use plimsoll::cli::LocalQuotes;
+use plimsoll::dbus::{server, simulated};
 
 /// Decides which large language models may hold memory. Normally started by systemd.
 #[derive(Debug, Parser)]
@@ -24,8 +27,9 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let bus = arguments.bus.as_deref();
-    match arguments.simulate {
-        Some(scenario) => plimsoll::dbus::server::run(plimsoll::dbus::simulated::simulate(&scenario, bus)),
-        None => plimsoll::dbus::server::run(plimsoll::dbus::server::serve(&arguments.root, bus)),
+    if let Some(scenario) = arguments.simulate {
+        return server::run(simulated::simulate(&scenario, bus));
     }
+    let quotes = Arc::new(LocalQuotes { root: arguments.root.clone() });
+    server::run(server::serve(&arguments.root, bus, quotes))
 }

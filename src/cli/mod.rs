@@ -30,6 +30,7 @@ pub use args::Shell;
 use args::{Cli, Common, Verb};
 pub use completions::script as completion_script;
 pub use failure::{Exit, Failure};
+pub use fit::Local as LocalQuotes;
 
 use crate::dbus::{BUS_ADDRESS_VARIABLE, Client};
 

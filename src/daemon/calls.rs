@@ -122,6 +122,7 @@ impl Daemon {
         match self.jobs.end(id, &outcome) {
             // First the ledger, then the word that it is done.
             Some((job, result, message)) => {
+                self.one_shot.remove(&job.instance);
                 self.step(Event::Tick);
                 self.tell(Publication::JobEnded(job, result, message));
             }

@@ -14,7 +14,7 @@ use super::input::{Command, Input};
 use super::jobs::{Job, JobKind};
 use super::report::Status;
 use crate::config::Instance;
-use crate::ledger::Machine;
+use crate::ledger::{Machine, UnitState};
 use crate::policy::{Decision, Mode, Refusal};
 use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Wish};
 
@@ -139,34 +139,6 @@ impl Handle {
         self.call(|reply| Command::Plan(Box::new(request), reply)).await
     }
 
-    /// What a model takes at each of `contexts`, as JSON.
-    ///
-    /// # Errors
-    /// There is no such model, or something is wrong with it.
-    pub async fn fit(&self, name: String, contexts: Vec<u64>) -> Result<String, Fault> {
-        let machine = self.machine();
-        let fit = move |catalog: &dyn Catalog| {
-            let instance = Some(catalog.resolve(&name)?);
-            catalog.fit(&Wish { instance, ..Wish::default() }, &contexts, &machine)
-        };
-        Ok(self.read(fit).await??)
-    }
-
-    /// The same for files that the caller has opened; the names are labels.
-    ///
-    /// # Errors
-    /// Something is wrong with the files or the arguments.
-    pub async fn fit_files(
-        &self,
-        files: Vec<(PathBuf, File)>,
-        arguments: Vec<String>,
-        contexts: Vec<u64>,
-    ) -> Result<String, Fault> {
-        let machine = self.machine();
-        let fit = move |catalog: &dyn Catalog| catalog.fit_files(files, &arguments, &contexts, &machine);
-        Ok(self.read(fit).await??)
-    }
-
     /// Checks what a load needs and numbers its job, which [`Handle::begin_load`] begins.
     ///
     /// # Errors
@@ -188,6 +160,11 @@ impl Handle {
             Ok::<_, CatalogError>((instance, LoadOptions { context, instead_of: others?, force }))
         };
         let (instance, options) = self.read(check).await??;
+        let runs = self.machine().units.get(&instance).is_some_and(|unit| unit.state == UnitState::Active);
+        if runs && options != LoadOptions::default() {
+            let why = format!("{instance} runs already: 'plimsoll unload {instance}' first");
+            return Err(Fault::Busy(why));
+        }
         Ok((self.job(instance, JobKind::Load), options))
     }
 
@@ -290,16 +267,26 @@ impl Handle {
         Ok(self.read(resolve).await??)
     }
 
-    /// Works something out on another thread, a few at a time.
     async fn read<T: Send + 'static>(
         &self,
         work: impl FnOnce(&dyn Catalog) -> T + Send + 'static,
     ) -> Result<T, Fault> {
+        let catalog = Arc::clone(&self.catalog);
+        self.off_loop(move || work(&*catalog)).await
+    }
+
+    /// Works something out on another thread, a few at a time.
+    ///
+    /// # Errors
+    /// The daemon is overrun with calls.
+    pub async fn off_loop<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Fault> {
         let busy = || Fault::Busy("the daemon is overrun with calls; try again".to_owned());
         let _place = self.waiting_readers.try_acquire().map_err(|_| busy())?;
         let _turn = self.readers.acquire().await.map_err(|_| busy())?;
-        let catalog = Arc::clone(&self.catalog);
-        let done = tokio::task::spawn_blocking(move || work(&*catalog)).await;
+        let done = tokio::task::spawn_blocking(work).await;
         done.map_err(|error| Fault::Failed(format!("the daemon has a fault: {error}")))
     }
 

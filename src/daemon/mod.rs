@@ -18,6 +18,8 @@ mod rules;
 mod run;
 pub mod signals;
 mod state;
+#[cfg(test)]
+mod tests;
 mod view;
 
 pub use handle::{Asker, Asking, Fault, Handle, LoadOptions, Peer, Proof};

@@ -81,7 +81,7 @@ impl Authority {
         match timeout(PATIENCE, asked).await {
             Ok(Ok((true, ..))) => Ok(()),
             Ok(Ok((false, true, _))) => Err(denied(
-                "this takes authentication, which was not possible here; run it as root, or on a terminal"
+                "you are not authorised to do this without a password, and could not be asked for it; run it as root, or on a terminal"
                     .to_owned(),
             )),
             Ok(Ok((false, false, _))) => Err(denied("you are not authorised to do this".to_owned())),

@@ -10,7 +10,7 @@ use zbus::Connection;
 use zbus::fdo::RequestNameFlags;
 
 use super::authorize::Authority;
-use super::service::{Manager, publish};
+use super::service::{Manager, Quotes, publish};
 use super::{NAME, PATH};
 use crate::action::notify::Notifier;
 use crate::action::systemd::{Systemd, SystemdError};
@@ -20,9 +20,6 @@ use crate::daemon::{Daemon, Parts, journal, signals};
 use crate::host::Host;
 use crate::os::lock_memory;
 use crate::policy::{Core, Rules};
-
-/// The program that asks at the gate.
-const GATE: &str = "/usr/bin/plimsoll";
 
 /// Threads for what blocks: headers of models, page cache, state files.
 const BLOCKING_THREADS: usize = 4;
@@ -54,10 +51,11 @@ pub fn run(daemon: impl Future<Output = Result<(), String>>) -> ExitCode {
 }
 
 /// Serves this machine on the system bus (or that at `bus`) until SIGTERM; all models go on running.
+/// `quotes` are what models take by themselves.
 ///
 /// # Errors
 /// One sentence.
-pub async fn serve(root: &Path, bus: Option<&str>) -> Result<(), String> {
+pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> Result<(), String> {
     if let Err(error) = lock_memory() {
         tracing::warn!(
             "the daemon's memory can't be locked, so it may be slow when memory is short: {error}"
@@ -103,12 +101,12 @@ pub async fn serve(root: &Path, bus: Option<&str>) -> Result<(), String> {
         notifier: Notifier::from_environment(),
     };
     let (daemon, handle, published) = Daemon::new(parts, sender.clone());
-    for (instance, invocation) in past_the_gate(&units, &host, Path::new(GATE)) {
+    for (instance, invocation) in past_the_gate(&units, &host) {
         daemon.adopt(instance, invocation);
     }
 
     let gate = Gate::new(systemd.clone(), Arc::clone(&units));
-    let manager = Manager::new(handle, Authority::Polkit, Some(Arc::new(gate)), daemon.mode());
+    let manager = Manager::new(handle, Authority::Polkit, Some(Arc::new(gate)), Some(quotes), daemon.mode());
     let failed = |error: zbus::Error| format!("the message bus does not work: {error}");
     connection.object_server().at(PATH, manager).await.map_err(failed)?;
     tokio::spawn(publish(connection.clone(), published));

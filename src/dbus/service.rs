@@ -16,6 +16,7 @@ use super::error::{Error, Kind};
 use super::{PATH, peer};
 use crate::config::Instance;
 use crate::daemon::{Asking, Fault, Handle, Job, Publication};
+use crate::os::release_memory;
 use crate::policy::{Mode, RefusalKind};
 use crate::ports::CatalogError;
 
@@ -26,12 +27,35 @@ const LONGEST: usize = 1100;
 const VARIABLES: [&str; 10] =
     ["LLAMA_ARG_", "GGML_", "HSA_", "HIP_", "ROCR_", "CUDA_", "GPU_", "AMD_", "VK_", "MESA_"];
 
+/// What models take, as the JSON of `plimsoll fit`; for the daemon's own machine. May block.
+pub trait Quotes: Send + Sync {
+    /// A configured model.
+    ///
+    /// # Errors
+    /// There is none, or something is wrong with it.
+    fn configured(&self, name: &str, contexts: &[u64]) -> Result<String, Error>;
+
+    /// A model in files that the caller has opened, all shards of it; the names are labels.
+    /// `arguments` are the engine's.
+    ///
+    /// # Errors
+    /// Something is wrong with them.
+    fn files(
+        &self,
+        files: Vec<(PathBuf, File)>,
+        arguments: &[String],
+        contexts: &[u64],
+    ) -> Result<String, Error>;
+}
+
 /// `org.plimsoll1.Manager`.
 pub struct Manager {
     handle: Handle,
     authority: Authority,
     /// Proves who asks at the gate; none where the gate is simulated.
     asking: Option<Arc<dyn Asking>>,
+    /// None where the machine is simulated, and models have no files.
+    quotes: Option<Arc<dyn Quotes>>,
     mode: Arc<Mutex<Mode>>,
 }
 
@@ -86,8 +110,30 @@ fn files(list: Vec<(String, zbus::OwnedFd)>) -> Vec<(PathBuf, File)> {
 impl Manager {
     /// The manager of a daemon.
     #[must_use]
-    pub fn new(handle: Handle, authority: Authority, asking: Option<Arc<dyn Asking>>, mode: Mode) -> Self {
-        Self { handle, authority, asking, mode: Arc::new(Mutex::new(mode)) }
+    pub fn new(
+        handle: Handle,
+        authority: Authority,
+        asking: Option<Arc<dyn Asking>>,
+        quotes: Option<Arc<dyn Quotes>>,
+        mode: Mode,
+    ) -> Self {
+        Self { handle, authority, asking, quotes, mode: Arc::new(Mutex::new(mode)) }
+    }
+
+    async fn quote(
+        &self,
+        work: impl FnOnce(&dyn Quotes) -> Result<String, Error> + Send + 'static,
+    ) -> Result<String, Error> {
+        let Some(quotes) = self.quotes.clone() else {
+            return Err(Error::new(Kind::Failed, "simulated models have no files to read"));
+        };
+        let quoted = self.handle.off_loop(move || {
+            let quoted = work(&*quotes);
+            // A vocabulary takes tens of MiB while it is read.
+            release_memory();
+            quoted
+        });
+        quoted.await?
     }
 
     async fn add_job(&self, connection: &Connection, job: &Job) -> Result<OwnedObjectPath, Error> {
@@ -102,7 +148,7 @@ impl Manager {
 impl Manager {
     async fn fit(&self, name: String, contexts: Vec<u64>) -> Result<String, Error> {
         bounded(contexts.len(), "contexts")?;
-        Ok(self.handle.fit(name, contexts).await?)
+        self.quote(move |quotes| quotes.configured(&name, &contexts)).await
     }
 
     async fn fit_files(
@@ -114,7 +160,8 @@ impl Manager {
         bounded(files.len(), "files")?;
         bounded(arguments.len(), "arguments")?;
         bounded(contexts.len(), "contexts")?;
-        Ok(self.handle.fit_files(self::files(files), arguments, contexts).await?)
+        let files = self::files(files);
+        self.quote(move |quotes| quotes.files(files, &arguments, &contexts)).await
     }
 
     async fn plan(&self, instance: String, context: u64) -> Result<String, Error> {

@@ -89,7 +89,7 @@ pub async fn simulate(scenario: &Path, bus: Option<&str>) -> Result<(), String> 
     };
     let (daemon, handle, published) = Daemon::new(parts, sender);
     let owner = nix::unistd::geteuid().as_raw();
-    let manager = Manager::new(handle, Authority::Owner(owner), None, daemon.mode());
+    let manager = Manager::new(handle, Authority::Owner(owner), None, None, daemon.mode());
     let failed = |error: zbus::Error| format!("the private bus does not work: {error}");
     let connection = zbus::connection::Builder::address(address.as_str())
         .serve_at(PATH, manager)

@@ -24,7 +24,6 @@ pub use drm::DrmUsage;
 pub use gpu::{Card, Heap, Region};
 pub use mounts::Mount;
 pub use pressure::Stall;
-pub use process::Executable;
 
 /// No file of /proc or /sys that is read here is longer; what is, is not what it seems.
 const LONGEST: u64 = 1 << 20;

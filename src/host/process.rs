@@ -1,6 +1,5 @@
 //! Identity of processes and of this boot.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use super::{ControlGroup, Host, HostError};
@@ -37,27 +36,13 @@ impl Host {
     }
 }
 
-/// The program that a process runs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Executable {
-    /// Where it was when it was started; none where that can't be told.
-    pub path: Option<PathBuf>,
-    /// `st_dev` of its file.
-    pub device: u64,
-    /// `st_ino` of its file.
-    pub inode: u64,
-}
-
 impl Host {
-    /// The program that process `pid` runs, from /proc/PID/exe.
-    pub fn executable(&self, pid: u32) -> Result<Executable, HostError> {
+    /// Where the program that process `pid` runs was when it was started, from /proc/PID/exe.
+    pub fn executable(&self, pid: u32) -> Result<PathBuf, HostError> {
         let path = self.path(&format!("/proc/{pid}/exe"));
-        let about =
-            std::fs::metadata(&path).map_err(|source| HostError::Read { path: path.clone(), source })?;
+        let target = std::fs::read_link(&path).map_err(|source| HostError::Read { path, source })?;
         // The kernel marks a file that was replaced meanwhile.
-        let name =
-            std::fs::read_link(&path).ok().and_then(|target| target.into_os_string().into_string().ok());
-        let name = name.map(|name| PathBuf::from(name.strip_suffix(" (deleted)").unwrap_or(&name)));
-        Ok(Executable { path: name, device: about.dev(), inode: about.ino() })
+        let text = target.to_str().and_then(|text| text.strip_suffix(" (deleted)")).map(PathBuf::from);
+        Ok(text.unwrap_or(target))
     }
 }

@@ -59,6 +59,17 @@ impl Target {
         Ok(Self { machine, reserve, room, described })
     }
 
+    /// This machine.
+    pub fn here(subject: &Subject) -> Result<Self, Failure> {
+        let (machine, held) = this_machine()?;
+        let reserve = match subject.reserve {
+            Reserve::Size(size) => size,
+            Reserve::Auto => auto_reserve(&machine.memory),
+        };
+        let room = Room::of(&machine, reserve, &held);
+        Ok(Self { machine, reserve, room, described: false })
+    }
+
     /// Its GPUs as an engine sees them. Their names are what `--device` calls them, where it does.
     pub fn devices(&self, settings: &Settings) -> Devices {
         let name = |n: usize| {

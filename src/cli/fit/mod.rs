@@ -1,6 +1,7 @@
 //! `plimsoll fit`: what a model takes at each context length, and whether it fits.
 
 mod machine;
+mod quotes;
 mod report;
 mod settings;
 mod subject;
@@ -16,6 +17,7 @@ use super::args::Fit;
 use super::failure::{Exit, Failure};
 use super::output::{self, Painter};
 use machine::Target;
+pub use quotes::Local;
 use subject::Subject;
 
 /// Shown when no context is asked for, as far as the model was trained.
@@ -41,7 +43,7 @@ pub(super) fn fit(args: &Fit) -> Result<(), Failure> {
     let lines = if args.max_context {
         vec![pricer.largest()?]
     } else {
-        let contexts = contexts(args, &subject, pricer.facts.context_train);
+        let contexts = contexts(&args.contexts, &subject, pricer.facts.context_train);
         contexts.into_iter().map(|context| pricer.price(context)).collect::<Result<_, _>>()?
     };
     if args.json {
@@ -52,8 +54,8 @@ pub(super) fn fit(args: &Fit) -> Result<(), Failure> {
 
 /// The contexts to show, in ascending order: those asked for; else that of the arguments; else
 /// the usual ones and the configured one.
-fn contexts(args: &Fit, subject: &Subject, trained: u64) -> Vec<u64> {
-    let mut contexts = match (&args.contexts[..], subject.settings.context) {
+fn contexts(asked: &[u64], subject: &Subject, trained: u64) -> Vec<u64> {
+    let mut contexts = match (asked, subject.settings.context) {
         ([], 0) => usual(trained),
         ([], context) if subject.configured => [&usual(trained)[..], &[context]].concat(),
         ([], context) => vec![context],

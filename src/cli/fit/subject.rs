@@ -1,7 +1,8 @@
 //! The model to price: a file, a configured model, or what a pasted command line names.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 
 use crate::cli::args::Fit;
 use crate::cli::failure::{Exit, Failure};
@@ -64,6 +65,22 @@ impl Subject {
         }
     }
 
+    /// A configured model, as it is.
+    pub fn configured(root: &Path, name: &str) -> Result<Self, Failure> {
+        Self::from_configuration(root, name, &[], &BTreeMap::new())
+    }
+
+    /// A model in files that somebody else has opened, with arguments of theirs: neither files nor
+    /// variables of this process count.
+    pub fn opened(files: Vec<(PathBuf, File)>, arguments: &[String]) -> Result<Self, Failure> {
+        let parsed =
+            args::parse(arguments, &BTreeMap::new()).map_err(|error| Failure::failed(error.to_string()))?;
+        let name = files.first().and_then(|(path, _)| path.file_name());
+        let name = name.map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let model = Model::from_files(files).map_err(|error| Failure::failed(error.to_string()))?;
+        Ok(Self::of(name, model, parsed, Reserve::default()))
+    }
+
     fn from_file(
         file: &Path,
         arguments: &[String],
@@ -77,21 +94,25 @@ impl Subject {
     }
 
     fn from_parsed(file: &Path, parsed: Parsed) -> Result<Self, Failure> {
-        let model = open(file)?;
+        let name = file.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        Ok(Self::of(name, open(file)?, parsed, reserve(Path::new("/"))))
+    }
+
+    fn of(name: String, model: Model, parsed: Parsed, reserve: Reserve) -> Self {
         let source = |origin: &Origin| match origin {
             Origin::Argument(flag) => format!("argument {flag}"),
             Origin::Variable(name) => format!("variable {name}"),
         };
-        Ok(Self {
-            name: file.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+        Self {
+            name,
             model,
             sources: parsed.origins.iter().map(|(name, origin)| (name.clone(), source(origin))).collect(),
             settings: parsed.settings,
             passed_on: parsed.passed_on,
             configured: false,
             oversize: Oversize::default(),
-            reserve: reserve(Path::new("/")),
-        })
+            reserve,
+        }
     }
 
     fn from_configuration(

@@ -18,11 +18,18 @@ use crate::config::Instance;
 use crate::host::Host;
 use crate::ledger::UnitState;
 
+/// The name of the program that asks at the gate, wherever it is installed.
+const GATE: &str = "plimsoll";
+
 /// Instances that are starting and past the gate, each with its InvocationID: an engine loads
-/// already, and the ledger may not know of it. `gate` is the executable that asks at the gate.
+/// already, and the ledger may not know of it.
 #[must_use]
-pub fn past_the_gate(units: &Units, host: &Host, gate: &std::path::Path) -> Vec<(Instance, String)> {
-    let asks = |pid: u32| host.executable(pid).is_ok_and(|own| same_file(&own, gate));
+pub fn past_the_gate(units: &Units, host: &Host) -> Vec<(Instance, String)> {
+    let asks = |pid: u32| match host.executable(pid) {
+        Ok(program) => program.file_name().is_some_and(|name| name == GATE),
+        // What can't be told is not let past the gate.
+        Err(_) => true,
+    };
     units
         .all()
         .into_iter()
@@ -30,11 +37,4 @@ pub fn past_the_gate(units: &Units, host: &Host, gate: &std::path::Path) -> Vec<
         .filter(|(_, status)| !asks(status.main_pid))
         .map(|(instance, status)| (instance, status.invocation))
         .collect()
-}
-
-/// Whether the file opened is the one at `path`, or was before an upgrade replaced it.
-fn same_file(own: &crate::host::Executable, path: &std::path::Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let named = own.path.as_deref() == Some(path);
-    named || std::fs::metadata(path).is_ok_and(|about| (about.dev(), about.ino()) == (own.device, own.inode))
 }

@@ -1,0 +1,212 @@
+//! The loop on a machine of the test's own.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::action::notify::Notifier;
+use crate::bytes::Bytes;
+use crate::config::Instance;
+use crate::ledger::{Footprint, Gpu, Machine, Measured, Unit, UnitState};
+use crate::policy::core::Effect;
+use crate::policy::{ActionId, Core, Mode, Outcome, Refusal, Request, Rules, Rung, Saved};
+use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Outcomes, Ports, Wish};
+
+/// What happened, in order.
+type Log = Arc<Mutex<Vec<String>>>;
+
+#[derive(Clone)]
+struct Fake {
+    machine: Arc<Mutex<Machine>>,
+    log: Log,
+}
+
+impl Ports for Fake {
+    fn now(&self) -> u64 {
+        1000
+    }
+
+    fn observe(&mut self) -> Machine {
+        self.machine.lock().unwrap().clone()
+    }
+
+    fn perform(&mut self, id: ActionId, effect: Effect, done: Outcomes) {
+        self.log.lock().unwrap().push(match effect {
+            Effect::DropCache(_) => "drop".to_owned(),
+            Effect::Stop(instance) => format!("stop {instance}"),
+            Effect::Start(instance) => format!("start {instance}"),
+            Effect::Limit(instance, _) => format!("limit {instance}"),
+        });
+        done(id, Outcome::Done);
+    }
+
+    fn answered(&mut self, _: u64, _: Result<u64, Box<Refusal>>) {}
+}
+
+impl Store for Fake {
+    fn save(&self, durable: &Durable) -> Result<(), String> {
+        let names: Vec<String> = durable.saved.holders.keys().map(ToString::to_string).collect();
+        self.log.lock().unwrap().push(format!("save {}", names.join(" ")));
+        Ok(())
+    }
+}
+
+/// Models `a` and `b` of 4 GiB, `vast` of 400, `strange` of unknown size.
+impl Catalog for Fake {
+    fn models(&self) -> Vec<ModelInfo> {
+        let names = ["a", "b", "vast", "strange"];
+        names.map(|name| ModelInfo { name: name.parse().ok(), ..ModelInfo::default() }).to_vec()
+    }
+
+    fn request(&self, wish: &Wish, _: &[Gpu]) -> Result<Request, CatalogError> {
+        let instance = wish.instance.clone().unwrap();
+        let gib = match instance.model.as_str() {
+            "a" | "b" => 4,
+            "vast" => 400,
+            "strange" => 0,
+            other => return Err(CatalogError::NotFound(format!("no {other}"))),
+        };
+        let footprint = Footprint { private: Bytes::gib(gib), ..Footprint::default() };
+        let ladder = if gib > 0 { vec![Rung { context: 4096, footprint }] } else { Vec::new() };
+        Ok(Request {
+            instance,
+            invocation: wish.invocation.clone(),
+            priority: 50,
+            pinned: false,
+            ladder,
+            advice: Vec::new(),
+            ttl: None,
+            reload: Bytes::ZERO,
+            may_swap: false,
+            instead_of: wish.instead_of.clone(),
+            stuck: Default::default(),
+            force: wish.force,
+            explicit: wish.explicit,
+            unknown: (gib == 0).then(|| "strange".to_owned()),
+            unit_limit: None,
+        })
+    }
+
+    fn launch(&self, wish: &Wish, context: u64, _: &[Gpu]) -> Result<Launch, CatalogError> {
+        let name = wish.instance.as_ref().unwrap().to_string();
+        Ok(Launch { argv: vec!["/engine".into(), name, context.to_string()], environment: BTreeMap::new() })
+    }
+}
+
+struct Bench {
+    fake: Fake,
+    handle: Handle,
+    inputs: mpsc::UnboundedSender<Input>,
+    published: mpsc::UnboundedReceiver<Publication>,
+    run: tokio::task::JoinHandle<Result<(), String>>,
+}
+
+fn unit(state: UnitState) -> Unit {
+    Unit { state, main_pid: 7, invocation: "i1".into(), ..Unit::default() }
+}
+
+fn name(text: &str) -> Instance {
+    text.parse().unwrap()
+}
+
+fn asker(text: &str) -> Asker {
+    Asker { instance: name(text), invocation: "i1".into(), explicit: true }
+}
+
+/// Runs a test's body on a single thread, as the daemon runs.
+fn bench<F: Future<Output = ()>>(units: &[(&str, UnitState)], test: impl FnOnce(Bench) -> F) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut machine = Machine::default();
+    machine.memory.total = Bytes::gib(16);
+    machine.memory.available = Bytes::gib(15);
+    machine.memory.free = Bytes::gib(15);
+    machine.units = units.iter().map(|(text, state)| (name(text), unit(*state))).collect();
+    let fake = Fake { machine: Arc::new(Mutex::new(machine)), log: Log::default() };
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, async {
+        let (inputs, taken) = mpsc::unbounded_channel();
+        let parts = Parts {
+            ports: Box::new(fake.clone()),
+            catalog: Arc::new(fake.clone()),
+            core: Core::new(Rules::default(), Saved::default(), true),
+            mode: None,
+            store: Some(Arc::new(fake.clone())),
+            survey: None,
+            notifier: Notifier::from_environment(),
+        };
+        let (daemon, handle, published) = Daemon::new(parts, inputs.clone());
+        let run = tokio::task::spawn_local(daemon.run(taken));
+        test(Bench { fake, handle, inputs, published, run }).await;
+    });
+}
+
+#[test]
+fn what_is_promised_is_saved_before_it_is_answered() {
+    bench(&[("a", UnitState::Activating)], |bench| async move {
+        let launch = bench.handle.admit(asker("a"), Vec::new(), BTreeMap::new()).await.unwrap();
+        assert_eq!(launch.argv, ["/engine", "a", "4096"]);
+        assert_eq!(*bench.fake.log.lock().unwrap(), ["limit a", "save a"]);
+        // Asked again within one start, it is answered alike and nothing is done.
+        let again = bench.handle.admit(asker("a"), Vec::new(), BTreeMap::new()).await.unwrap();
+        assert_eq!(again, launch);
+        assert_eq!(bench.fake.log.lock().unwrap().len(), 2);
+        bench.inputs.send(Input::Terminate).unwrap();
+        assert_eq!(bench.run.await.unwrap(), Ok(()));
+    });
+}
+
+#[test]
+fn refusals_and_mistakes_come_back_as_what_they_are() {
+    bench(&[("vast", UnitState::Activating), ("gone", UnitState::Activating)], |mut bench| async move {
+        let refused = bench.handle.admit(asker("vast"), Vec::new(), BTreeMap::new()).await.unwrap_err();
+        assert!(matches!(refused, Fault::Refused(_)), "{refused}");
+        let unknown = bench.handle.admit(asker("gone"), Vec::new(), BTreeMap::new()).await.unwrap_err();
+        assert_eq!(unknown, Fault::Catalog(CatalogError::NotFound("no gone".into())));
+        assert!(bench.handle.prepare_load("nothing".into(), None, Vec::new(), false).await.is_err());
+        let decision = bench.handle.explain("vast".into()).await.unwrap().unwrap();
+        assert_eq!(decision.refusal.unwrap().instance, name("vast"));
+        assert!(matches!(bench.published.recv().await, Some(Publication::Decision(_))));
+    });
+}
+
+#[test]
+fn a_call_whose_unit_is_gone_does_not_wait_for_ever() {
+    bench(&[("b", UnitState::Activating)], |bench| async move {
+        bench.fake.machine.lock().unwrap().units.clear();
+        let lost = bench.handle.admit(asker("b"), Vec::new(), BTreeMap::new()).await.unwrap_err();
+        assert!(matches!(lost, Fault::Busy(_)), "{lost}");
+    });
+}
+
+#[test]
+fn what_runs_already_is_taken_in_once_even_when_its_size_is_unknown() {
+    bench(&[("a", UnitState::Active), ("strange", UnitState::Active)], |bench| async move {
+        {
+            let mut machine = bench.fake.machine.lock().unwrap();
+            let strange = machine.units.get_mut(&name("strange")).unwrap();
+            strange.measured = Measured { private: Bytes::gib(2), ..Measured::default() };
+        }
+        // Each status is a round through the loop; adoption takes a few.
+        let status = loop {
+            let status = bench.handle.status().await.unwrap();
+            if status.pools[0].reserved_bytes >= Bytes::gib(6) {
+                break status;
+            }
+            bench.inputs.send(Input::Changed).unwrap();
+        };
+        let running = status.models.iter().filter(|model| model.state == "running");
+        assert_eq!(running.count(), 2);
+    });
+}
+
+#[test]
+fn a_mode_that_was_set_is_published_and_survives_a_status() {
+    bench(&[], |mut bench| async move {
+        bench.handle.set_mode(Mode::Observe).await.unwrap();
+        assert_eq!(bench.handle.status().await.unwrap().mode, "observe");
+        let mode = bench.published.recv().await;
+        assert!(matches!(mode, Some(Publication::Mode(Mode::Observe))), "{mode:?}");
+    });
+}
