@@ -124,6 +124,9 @@ pub struct Wish {
     pub files: Vec<(PathBuf, File)>,
     /// The unit's environment, as far as it matters to the engine's memory.
     pub environment: BTreeMap<String, String>,
+    /// What the engine says of itself, as text by the question: `version` and `devices`; empty where
+    /// it was not asked.
+    pub engine: BTreeMap<String, String>,
     /// Another context than the configured one; tokens.
     pub context: Option<u64>,
     /// Models named to go for it.

@@ -95,6 +95,7 @@ impl Gate {
         instance: String,
         _files: Vec<(String, zbus::OwnedFd)>,
         environment: HashMap<String, String>,
+        _engine: HashMap<String, String>,
     ) -> Result<Admitted, Error> {
         assert_eq!(instance, "x");
         let (argv, mut added) = self.0.clone()?;

@@ -26,6 +26,8 @@ pub struct Question<'a> {
     pub files: &'a [(String, File)],
     /// The variables that change what it takes.
     pub environment: &'a HashMap<String, String>,
+    /// What the engine says of itself.
+    pub engine: &'a HashMap<String, String>,
 }
 
 /// How long to put up with what.
@@ -168,7 +170,8 @@ impl Asker<'_> {
         let sent = if all.len() > MOST_DESCRIPTORS { &[] } else { all };
         let files: Vec<(&str, Fd<'_>)> =
             sent.iter().map(|(path, file)| (path.as_str(), Fd::from(file))).collect();
-        let call = client.manager().admit(self.question.instance, &files, self.question.environment);
+        let Question { instance, environment, engine, .. } = self.question;
+        let call = client.manager().admit(instance, &files, environment, engine);
         tokio::pin!(call);
         loop {
             tokio::select! {
@@ -262,6 +265,7 @@ mod tests {
             instance: String,
             files: Vec<(String, zbus::OwnedFd)>,
             environment: HashMap<String, String>,
+            _engine: HashMap<String, String>,
             #[zbus(signal_emitter)] emitter: zbus::object_server::SignalEmitter<'_>,
         ) -> Result<Admitted, Error> {
             Self::admit_progress(&emitter, "another".into(), "not for us".into()).await?;
@@ -305,7 +309,7 @@ mod tests {
         patience: Patience,
     ) -> (Result<Admitted, CallError>, Vec<String>) {
         let environment = HashMap::from([("LLAMA_ARG_X".to_owned(), "1".to_owned())]);
-        let question = Question { instance: "x", files, environment: &environment };
+        let question = Question { instance: "x", files, environment: &environment, engine: &environment };
         let mut said = Vec::new();
         let mut say = |text: &str| said.push(text.to_owned());
         let answer = ask(Some(address), &question, patience, &mut say).await;
@@ -353,7 +357,8 @@ mod tests {
         let Some(bus) = Bus::start() else { return };
         let (waiting, mut waits) = unbounded_channel();
         let environment = HashMap::new();
-        let question = Question { instance: "x", files: &[], environment: &environment };
+        let question =
+            Question { instance: "x", files: &[], environment: &environment, engine: &environment };
         let mut say = |text: &str| waiting.send(text.to_owned()).unwrap();
         let late = async {
             assert_eq!(waits.recv().await.as_deref(), Some("waiting for plimsolld"));

@@ -11,6 +11,7 @@ mod files;
 mod fit;
 mod gate;
 mod generator;
+mod inquiry;
 mod load;
 mod output;
 mod process;

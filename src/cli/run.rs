@@ -9,6 +9,7 @@ use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::net::ToSocketAddrs;
 use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, sockopt};
@@ -17,7 +18,7 @@ use super::args::{Common, Run};
 use super::failure::{Exit, Failure};
 use super::files::{open_all, user_name};
 use super::gate::{self, Patience, Question};
-use super::output;
+use super::{inquiry, output};
 use crate::action::notify::Notifier;
 use crate::config::{self, Instance, Model};
 use crate::dbus::proxy::Admitted;
@@ -52,11 +53,18 @@ fn gate(common: &Common, args: &Run, notify: &Notifier) -> Result<Admitted, Fail
     let (instance, model) =
         loaded.instance(&args.instance).map_err(|error| Failure::config(error.to_string()))?;
     let environment = relevant(std::env::vars_os());
-    let files = check(&instance, model, &loaded.settings.clone().unwrap_or_default(), &environment)?;
+    let daemon = loaded.settings.clone().unwrap_or_default();
+    let (files, program) = check(&instance, model, &daemon, &environment)?;
+    let mut engine = HashMap::new();
+    if model.command.is_none() {
+        tell(notify, "asking the engine for its devices");
+        let cache = std::env::var_os("CACHE_DIRECTORY").map(PathBuf::from);
+        engine.extend(inquiry::ask(&program, &model.environment.0, cache.as_deref()));
+    }
 
     let environment: HashMap<String, String> = environment.into_iter().collect();
     let name = instance.to_string();
-    let question = Question { instance: &name, files: &files, environment: &environment };
+    let question = Question { instance: &name, files: &files, environment: &environment, engine: &engine };
     tell(notify, "waiting for admission");
     let mut said = String::new();
     let mut say = |text: &str| {
@@ -83,13 +91,14 @@ fn tell(notify: &Notifier, text: &str) {
     let _ = notify.status(text.lines().next().unwrap_or_default());
 }
 
-/// What could never succeed: engine, files, port. Returns the files that the estimate is made of.
+/// What could never succeed: engine, files, port. Returns the files that the estimate is made of,
+/// and the engine's program.
 fn check(
     instance: &Instance,
     model: &Model,
     daemon: &config::Daemon,
     environment: &BTreeMap<String, String>,
-) -> Result<Vec<(String, File)>, Failure> {
+) -> Result<(Vec<(String, File)>, PathBuf), Failure> {
     let wrong = |error: engine::Error| Failure::config(error.to_string());
     let effective = match model.command {
         Some(_) => None,
@@ -97,12 +106,13 @@ fn check(
     };
     let needed = engine::files(model, effective.as_ref()).map_err(wrong)?;
     let opened = open_all(&needed, model.command.is_none())?;
-    engine::locate(model, daemon)
+    let program = engine::locate(model, daemon)
         .map_err(|error| Failure::config(format!("{error} (as user {})", user_name())))?;
     check_port(instance, model)?;
     // Keys are for the engine alone. Paths that are not UTF-8 can't be in the configuration.
     let sent = needed.iter().zip(opened).filter(|(file, _)| file.purpose != Purpose::ApiKeys);
-    Ok(sent.map(|(needed, file)| (needed.path.to_string_lossy().into_owned(), file)).collect())
+    let sent = sent.map(|(needed, file)| (needed.path.to_string_lossy().into_owned(), file)).collect();
+    Ok((sent, program))
 }
 
 /// The variables that change what an engine takes.

@@ -21,9 +21,9 @@ impl Daemon {
     pub(super) fn command(&mut self, command: Command) {
         let now = self.parts.ports.now();
         match command {
-            Command::Admit { asker, files, environment, reply } => {
+            Command::Admit { asker, files, environment, engine, reply } => {
                 let wish = self.wish(&asker, now);
-                let wish = Arc::new(Wish { files, environment, ..wish });
+                let wish = Arc::new(Wish { files, environment, engine, ..wish });
                 self.next_ticket += 1;
                 let ticket = self.next_ticket;
                 self.forget(&asker.instance, "the unit has asked again");

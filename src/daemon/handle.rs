@@ -120,8 +120,9 @@ impl Handle {
         asker: Asker,
         files: Vec<(PathBuf, File)>,
         environment: BTreeMap<String, String>,
+        engine: BTreeMap<String, String>,
     ) -> Result<Launch, Fault> {
-        self.call(|reply| Command::Admit { asker, files, environment, reply }).await?
+        self.call(|reply| Command::Admit { asker, files, environment, engine, reply }).await?
     }
 
     /// What loading would do now. Changes nothing.

@@ -49,6 +49,8 @@ pub enum Command {
         files: Vec<(PathBuf, File)>,
         /// Variables that change what the engine takes.
         environment: BTreeMap<String, String>,
+        /// What the engine says of itself.
+        engine: BTreeMap<String, String>,
         /// Where the answer goes.
         reply: oneshot::Sender<Result<Launch, Fault>>,
     },

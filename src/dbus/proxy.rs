@@ -21,6 +21,7 @@ pub trait Manager {
         instance: &str,
         files: &[(&str, Fd<'_>)],
         environment: &HashMap<String, String>,
+        engine: &HashMap<String, String>,
     ) -> zbus::Result<Admitted>;
     fn list_models(&self) -> zbus::Result<Vec<HashMap<String, OwnedVariant>>>;
     fn status(&self) -> zbus::Result<String>;

@@ -217,8 +217,10 @@ impl Manager {
         instance: String,
         files: Vec<(String, zbus::OwnedFd)>,
         environment: BTreeMap<String, String>,
+        engine: BTreeMap<String, String>,
     ) -> Result<(Vec<String>, BTreeMap<String, String>), Error> {
         bounded(files.len(), "files")?;
+        bounded(engine.len(), "answers")?;
         bounded(environment.len(), "variables")?;
         let instance: Instance =
             instance.parse().map_err(|error| Error::new(Kind::NotFound, format!("{error}")))?;
@@ -231,7 +233,7 @@ impl Manager {
         // A key may be given to llama-server this way; it stays with the unit.
         let secret = |name: &String| name.contains("KEY") || name.contains("TOKEN");
         let environment = environment.into_iter().filter(|(name, _)| known(name) && !secret(name)).collect();
-        let launch = self.handle.admit(asker, self::files(files), environment).await?;
+        let launch = self.handle.admit(asker, self::files(files), environment, engine).await?;
         Ok((launch.argv, launch.environment))
     }
 

@@ -1,5 +1,6 @@
 //! The configured models: what each would take, and what to execute for it.
 
+mod engines;
 mod files;
 mod ladder;
 mod price;
@@ -8,6 +9,7 @@ mod sources;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use engines::{Engines, Seen};
 use files::{Headers, Known};
 use ladder::{Asked, contexts};
 use sources::Sources;
@@ -24,6 +26,7 @@ use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Rulebook, Wish};
 pub struct RealCatalog {
     sources: Mutex<Sources>,
     headers: Mutex<Headers>,
+    engines: Mutex<Engines>,
 }
 
 /// A model on its way to a request.
@@ -58,7 +61,7 @@ impl RealCatalog {
     /// The models configured below `root`, `/` for this machine.
     #[must_use]
     pub fn new(root: &Path) -> Self {
-        Self { sources: Mutex::new(Sources::new(root)), headers: Mutex::default() }
+        Self { sources: Mutex::new(Sources::new(root)), headers: Mutex::default(), engines: Mutex::default() }
     }
 
     /// The files of all models that are configured, as far as they are known by name.
@@ -89,6 +92,15 @@ impl RealCatalog {
         // Their buffers are not known here: a quarter on top of their weights is a bound for them.
         let beside = files::bytes_of(&needed, &[Purpose::Projector, Purpose::Draft, Purpose::Adapter]);
         Ok((effective, known, beside.saturating_add(beside / 4)))
+    }
+}
+
+impl RealCatalog {
+    /// The machine's GPUs as the subject's engine sees them, and its version.
+    fn seen_by_engine(&self, subject: &Subject, wish: &Wish, gpus: &[Gpu]) -> Result<Seen, CatalogError> {
+        let program = engine::locate(subject.model()?, &subject.settings).map_err(config_error)?;
+        let mut engines = self.engines.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(engines.seen(&program, &wish.engine, gpus))
     }
 }
 
@@ -214,6 +226,7 @@ impl Catalog for RealCatalog {
                 return Ok(request);
             }
         };
+        let gpus = &self.seen_by_engine(&subject, wish, gpus)?.gpus[..];
         let files = known.files();
         let price = |context: u64| {
             let (settings, estimate) = price::choose(facts, &effective, context, gpus)?;
@@ -241,16 +254,25 @@ impl Catalog for RealCatalog {
             engine::Launch::command(model, &subject.instance).map_err(config_error)?
         } else {
             let (effective, known, _) = self.opened(model, wish)?;
+            let seen = self.seen_by_engine(&subject, wish, gpus)?;
             let settings = match facts(&known)? {
                 Ok(facts) if context > 0 => {
-                    price::choose(facts, &effective, context, gpus).map_err(config_error)?.0
+                    price::choose(facts, &effective, context, &seen.gpus).map_err(config_error)?.0
                 }
                 // Its size is unknown or declared: the engine gets what is configured, as it is.
                 _ => effective.settings.clone(),
             };
             let executable = engine::locate(model, &subject.settings).map_err(config_error)?;
-            engine::Launch::llama_server(model, &subject.instance, &executable, &effective, &settings, None)
-                .map_err(config_error)?
+            let version = seen.version.as_ref();
+            engine::Launch::llama_server(
+                model,
+                &subject.instance,
+                &executable,
+                &effective,
+                &settings,
+                version,
+            )
+            .map_err(config_error)?
         };
         Ok(Launch { argv: launch.argv, environment: launch.environment })
     }
