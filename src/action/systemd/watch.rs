@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::task::JoinHandle;
-use zbus::fdo::PropertiesProxy;
+use zbus::fdo::{PropertiesChangedStream, PropertiesProxy};
 use zbus::proxy::CacheProperties;
 
 use super::{Systemd, SystemdError, UNITS, bounded, next, unit_path};
@@ -34,34 +34,26 @@ impl Drop for Watch {
     }
 }
 
-/// The tasks that listen to one unit each; they end with the watch.
-struct Listeners(HashMap<Instance, JoinHandle<()>>);
-
-impl Drop for Listeners {
-    fn drop(&mut self) {
-        for task in self.0.values() {
-            task.abort();
-        }
-    }
-}
-
 impl Systemd {
     /// Sends what happens to the models' units to `events`, from now on.
     ///
     /// Only units that have had a job since, or are loaded now, are listened to one by one: asking
     /// for the changes of all units would wake the daemon for everything that goes on in the system.
     pub async fn watch(&self, events: UnboundedSender<UnitEvent>) -> Result<Watch, SystemdError> {
-        let mut queued = bounded("AddMatch", self.manager.receive_job_new()).await?;
-        let mut ended = bounded("AddMatch", self.manager.receive_job_removed()).await?;
+        let mut listeners =
+            Listeners { systemd: self.clone(), events: events.clone(), tasks: HashMap::new() };
         let loaded =
             bounded("ListUnitsByPatterns", self.manager.list_units_by_patterns(&[], &[UNITS])).await?;
-        let systemd = self.clone();
-        let mut listeners = Listeners(HashMap::new());
         for (unit, ..) in loaded {
             if let Some(instance) = Instance::from_unit(&unit) {
-                listeners.add(&systemd, instance, &events).await?;
+                let changes = changes(self, &instance).await?;
+                listeners.add(instance, Some(changes));
             }
         }
+        let mut queued = bounded("AddMatch", self.manager.receive_job_new()).await?;
+        let mut ended = bounded("AddMatch", self.manager.receive_job_removed()).await?;
+        // Nothing in this loop waits for the bus: while these two are not read, a burst of jobs (a
+        // target that is isolated) fills their queues, and then no reply is received either.
         Ok(Watch(tokio::spawn(async move {
             loop {
                 let event = tokio::select! {
@@ -78,11 +70,8 @@ impl Systemd {
                         None => Some(UnitEvent::Lost),
                     },
                 };
-                if let Some(UnitEvent::Queued(instance)) = &event
-                    && listeners.add(&systemd, instance.clone(), &events).await.is_err()
-                {
-                    let _ = events.send(UnitEvent::Lost);
-                    return;
+                if let Some(UnitEvent::Queued(instance) | UnitEvent::Ended(instance, _)) = &event {
+                    listeners.add(instance.clone(), None);
                 }
                 let lost = event == Some(UnitEvent::Lost);
                 let heard = event.is_none_or(|event| events.send(event).is_ok());
@@ -94,39 +83,64 @@ impl Systemd {
     }
 }
 
-impl Listeners {
-    /// Listens to one more unit.
-    async fn add(
-        &mut self,
-        systemd: &Systemd,
-        instance: Instance,
-        events: &UnboundedSender<UnitEvent>,
-    ) -> Result<(), SystemdError> {
-        if self.0.contains_key(&instance) {
-            return Ok(());
+/// The tasks that listen to one unit each; they end with the watch.
+struct Listeners {
+    systemd: Systemd,
+    events: UnboundedSender<UnitEvent>,
+    tasks: HashMap<Instance, JoinHandle<()>>,
+}
+
+impl Drop for Listeners {
+    fn drop(&mut self) {
+        for task in self.tasks.values() {
+            task.abort();
         }
-        let bus = systemd.manager.inner().connection();
-        let destination = systemd.manager.inner().destination().to_owned();
-        let path = unit_path(&instance.unit());
-        let properties = async {
-            let proxy = PropertiesProxy::builder(bus)
-                .destination(destination)
-                .path(path)
-                .cache_properties(CacheProperties::No)
-                .build()
-                .await?;
-            proxy.receive_properties_changed().await
-        };
-        let mut changes = bounded("AddMatch", properties).await?;
-        let (name, events) = (instance.clone(), events.clone());
-        let task = tokio::spawn(async move {
+    }
+}
+
+impl Listeners {
+    /// Listens to one more unit; where `listening` is none, it begins with asking for its changes.
+    fn add(&mut self, instance: Instance, listening: Option<PropertiesChangedStream>) {
+        if self.tasks.contains_key(&instance) {
+            return;
+        }
+        let (systemd, events, name) = (self.systemd.clone(), self.events.clone(), instance.clone());
+        let listen = async move {
+            let mut changes = match listening {
+                Some(changes) => changes,
+                None => {
+                    let asked = changes(&systemd, &name).await;
+                    // Whatever happened until now was not heard.
+                    let first =
+                        if asked.is_ok() { UnitEvent::Changed(name.clone()) } else { UnitEvent::Lost };
+                    let heard = events.send(first).is_ok();
+                    match asked {
+                        Ok(changes) if heard => changes,
+                        _ => return,
+                    }
+                }
+            };
             while next(&mut changes).await.is_some() {
                 if events.send(UnitEvent::Changed(name.clone())).is_err() {
                     return;
                 }
             }
-        });
-        self.0.insert(instance, task);
-        Ok(())
+        };
+        self.tasks.insert(instance, tokio::spawn(listen));
     }
+}
+
+/// The changes of a unit's properties, from now on.
+async fn changes(systemd: &Systemd, instance: &Instance) -> Result<PropertiesChangedStream, SystemdError> {
+    let manager = systemd.manager.inner();
+    let properties = async {
+        let proxy = PropertiesProxy::builder(manager.connection())
+            .destination(manager.destination().to_owned())
+            .path(unit_path(&instance.unit()))
+            .cache_properties(CacheProperties::No)
+            .build()
+            .await?;
+        proxy.receive_properties_changed().await
+    };
+    bounded("AddMatch", properties).await
 }
