@@ -1,5 +1,6 @@
 //! Compute buffers and the output buffer.
 
+use super::FitError;
 use super::cache::Shape;
 use super::facts::Facts;
 use super::graph;
@@ -17,6 +18,9 @@ pub(super) struct Computed {
 }
 
 /// Sizes the compute buffers by the engine's own graph where that is known, otherwise from above.
+///
+/// # Errors
+/// The graph would not fit into what the engine makes room for.
 pub(super) fn compute(
     facts: &Facts,
     settings: &Settings,
@@ -24,20 +28,22 @@ pub(super) fn compute(
     assigned: &Assigned,
     placed: &Placed,
     used: &[&Device],
-) -> Computed {
+) -> Result<Computed, FitError> {
     let output = output(facts, settings, shape);
     if let Some(buffers) = graph::buffers(facts, settings, shape, assigned, placed, used) {
-        return Computed {
-            host: buffers.host,
-            devices: buffers.devices,
-            output,
-            exact: true,
-            notes: Vec::new(),
-        };
+        if graph::capacity(facts).is_some_and(|most| buffers.tensors > most) {
+            return Err(FitError::Rejected(format!(
+                "its graph would have {} tensors, more than the engine makes room for: use fewer slots \
+                 (--parallel) or one cache for all (--kv-unified)",
+                buffers.tensors
+            )));
+        }
+        let (host, devices) = (buffers.host, buffers.devices);
+        return Ok(Computed { host, devices, output, exact: true, notes: Vec::new() });
     }
     let bound = bound(facts, shape);
     let holds = |i: usize| assigned.layers.contains(&Some(i)) || assigned.output == Some(i);
-    Computed {
+    Ok(Computed {
         host: bound,
         devices: (0..used.len()).map(|i| if holds(i) { bound } else { 0 }).collect(),
         output,
@@ -46,7 +52,7 @@ pub(super) fn compute(
             "the compute buffers of {} are bounded from above: its graph isn't known",
             facts.architecture
         )],
-    }
+    })
 }
 
 /// More than any layer can have live at once: all of its tensors together, the masks and the logits.

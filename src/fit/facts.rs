@@ -130,6 +130,8 @@ pub struct Facts {
     /// How many files there are.
     pub shards: usize,
     pub(super) named: Vec<Named>,
+    /// Tensors that are loaded.
+    pub(super) tensor_count: u64,
     pub(super) kinds: Kinds,
     pub(super) hyper: Hyper,
 }
@@ -237,6 +239,7 @@ impl Facts {
             groups: Vec::new(),
             shards: model.shards().len(),
             named: Vec::new(),
+            tensor_count: 0,
             kinds: Kinds::new(model, all),
             hyper: Hyper::new(model),
             architecture,
@@ -288,6 +291,7 @@ impl Facts {
             }
             self.named.push(Named { name: name.to_owned(), group });
         }
+        self.tensor_count = self.named.len() as u64;
         self.tied = embedding.filter(|_| !has_output);
         let mut sorted: Vec<Group> = self.named.iter().map(|n| n.group.clone()).collect();
         sorted.sort_by_key(|g| (g.place, g.class, g.repackable, g.shard));

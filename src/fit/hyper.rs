@@ -113,6 +113,8 @@ pub(crate) struct Hyper {
     pub logit_scale: bool,
     /// Whether attention goes without positions altogether.
     pub no_rope: bool,
+    /// Whether queries are scaled by a number.
+    pub query_scale: bool,
     /// Whether queries are scaled by their position (an input).
     pub temperature: bool,
 }
@@ -152,6 +154,7 @@ impl Hyper {
             },
             no_rope: architecture.starts_with("granite")
                 && model.arch_value("rope.scaling.finetuned").and_then(Value::as_bool) == Some(false),
+            query_scale: ["phi2", "phi3", "phimoe", "gemma", "gemma2", "gemma3"].contains(&architecture),
             logit_scale: number("logit_scale") != 0.0,
             temperature: number("attention.temperature_scale") != 0.0
                 || (architecture == "llama4" && get_option("attention.sliding_window") != Some(0)),

@@ -175,7 +175,7 @@ pub fn estimate(facts: &Facts, settings: &Settings, devices: &Devices) -> Result
     let assigned = weights::assign(facts, settings, &used);
     let placed = weights::weights(facts, settings, &used, &assigned)?;
     let cached = cache::cache(facts, settings, &shape, &assigned, used.len())?;
-    let computed = compute::compute(facts, settings, &shape, &assigned, &placed, &used);
+    let computed = compute::compute(facts, settings, &shape, &assigned, &placed, &used)?;
     let extras = extras::extras(facts, settings, &shape);
 
     let mut host = Parts {

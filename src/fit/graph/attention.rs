@@ -276,7 +276,9 @@ impl Builder<'_> {
         };
         let q = self.head_norm("attn_q_norm", q);
         let k = self.head_norm("attn_k_norm", k);
-        Some(Projections { q: self.rope(q), k: Some(self.rope(k)), v: Some(v) })
+        let (q, k) = (self.rope(q), self.rope(k));
+        let q = if self.facts.hyper.query_scale { self.graph.in_place(&[q]) } else { q };
+        Some(Projections { q, k: Some(k), v: Some(v) })
     }
 
     /// A norm over all heads together, where its weights are as wide.
@@ -299,7 +301,7 @@ impl Builder<'_> {
             return x;
         }
         let ne = self.graph.ne(x);
-        let positions = self.positions;
-        self.graph.op(Op::Rope, TensorType::F32, ne, &[x, positions])
+        let sources: Vec<Id> = [x, self.positions].into_iter().chain(self.rope_factors()).collect();
+        self.graph.op(Op::Rope, TensorType::F32, ne, &sources)
     }
 }

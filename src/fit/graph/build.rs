@@ -29,6 +29,8 @@ pub(super) struct Builder<'a> {
     pub layer: usize,
     pub out_ids: Id,
     pub positions: Id,
+    /// Rotary factors by backend.
+    factors: Vec<(u8, Id)>,
     /// Scales of queries by position, where the model has them.
     pub temperature: Id,
 }
@@ -62,6 +64,7 @@ impl<'a> Builder<'a> {
             out_ids: super::tensor::NONE,
             positions: super::tensor::NONE,
             temperature: super::tensor::NONE,
+            factors: Vec::new(),
         }
     }
 
@@ -117,6 +120,18 @@ impl<'a> Builder<'a> {
     pub fn outside(&mut self, name: &str, backend: u8) -> Option<Id> {
         let found = self.facts.kinds.outside.get(name)?;
         Some(self.leaf_weight(found, backend))
+    }
+
+    /// The rotary factors of the model, where it has any: once for each backend.
+    pub fn rope_factors(&mut self) -> Option<Id> {
+        let backend = self.backend();
+        if let Some((_, id)) = self.factors.iter().find(|(b, _)| *b == backend) {
+            return Some(*id);
+        }
+        let names = ["rope_factors_short.weight", "rope_freqs.weight"];
+        let id = names.iter().find_map(|name| self.outside(name, backend))?;
+        self.factors.push((backend, id));
+        Some(id)
     }
 
     /// A cache or state.

@@ -58,12 +58,49 @@ fn measure(
     };
     let full = assigned.count() > facts.layer_count_all;
     let mut builder = build::Builder::new(facts, settings, shape, assigned, placed, used.len(), full);
-    models::build(&mut builder, layers)?;
+    let each = models::build(&mut builder, layers)?;
     let mut graph = builder.graph;
-    let tensors = (graph.nodes.len() + graph.leafs.len()) as u64;
+    let built = (graph.nodes.len() + graph.leafs.len()) as u64;
+    let tensors = built.saturating_add(left_out(facts, layers, &each));
     let mut devices = sched::schedule(&mut graph, &backends);
     let host = devices.pop().unwrap_or(0);
     Some(Buffers { host, devices, tensors })
+}
+
+/// How many tensors the layers have that weren't built: each as many as the last one like it.
+fn left_out(facts: &Facts, built: &[usize], each: &[usize]) -> u64 {
+    let like = |i: usize| (facts.kinds.of_layer[i], facts.layers[i]);
+    let of = |i: usize| {
+        let same = built.iter().zip(each).filter(|(b, _)| like(**b) == like(i));
+        same.last().map_or(0, |(_, n)| *n as u64)
+    };
+    let missing = (0..facts.layer_count as usize).filter(|i| !built.contains(i));
+    missing.map(of).fold(0, u64::saturating_add)
+}
+
+/// How many tensors a graph of this model may have: what the engine makes room for (`graph_max_nodes`,
+/// `ggml_hash_size`). None where it makes room enough.
+pub(super) fn capacity(facts: &Facts) -> Option<u64> {
+    const ROOMY: [&str; 11] = [
+        "kimi-k3",
+        "glm5-next",
+        "hrm_text",
+        "qwen3next",
+        "kimi-linear",
+        "bailingmoe3",
+        "qwen35",
+        "qwen35moe",
+        "nanbeige",
+        "minimax-01",
+        "minimax-m3",
+    ];
+    if ROOMY.contains(&facts.architecture.as_str()) {
+        return None;
+    }
+    let wanted = (8 * facts.tensor_count).max(1024);
+    // The next primes after powers of two.
+    let primes = [1031, 2053, 4099, 8209, 16411, 32771, 65537, 131_101, 262_147, 524_309];
+    primes.into_iter().find(|p| *p >= wanted)
 }
 
 /// Whether batches are pipelined over several devices (`llama_context`).

@@ -6,22 +6,27 @@ use super::recurrent::StateInputs;
 use super::tensor::{Id, Op};
 use crate::gguf::TensorType;
 
-/// Builds the graph of a model with the given layers; none where the architecture's graph isn't known.
-pub(super) fn build(b: &mut Builder, layers: &[usize]) -> Option<()> {
+/// Builds the graph of a model with the given layers and says how many tensors each of them added; none where
+/// the architecture's graph isn't known.
+pub(super) fn build(b: &mut Builder, layers: &[usize]) -> Option<Vec<usize>> {
     let mut x = b.embed()?;
     b.graph.expand(x);
     // Inputs that nothing reads are no part of the graph.
     let copies = b.state_inputs();
     let inputs = b.attention_inputs();
+    let mut added = Vec::with_capacity(layers.len());
     for layer in layers {
+        let before = b.graph.nodes.len() + b.graph.leafs.len();
         b.layer = *layer;
         x = match b.facts.architecture.as_str() {
             "nemotron_h" | "nemotron_h_moe" => nemotron(b, &inputs, copies, x)?,
             "falcon-h1" => falcon_h1(b, &inputs, copies, x)?,
             _ => standard(b, &inputs, copies, x)?,
         };
+        added.push(b.graph.nodes.len() + b.graph.leafs.len() - before);
     }
-    b.finish(x)
+    b.finish(x)?;
+    Some(added)
 }
 
 /// Attention or its stand-in, a residual, a feed-forward part, a residual.
