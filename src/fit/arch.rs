@@ -52,10 +52,53 @@ pub enum Indexer {
     None,
     /// Keys of an indexer, in the layers that `attention.indexer.types` marks, or in all.
     Keys,
-    /// Keys of an indexer behind the leading dense layers.
-    KeysAfterDense,
+    /// Keys of an indexer, and values as wide as a head, behind the leading dense layers.
+    AfterDense,
+    /// Keys of an indexer, so many of them in a row.
+    Pooled(u64),
     /// Rules of its own that aren't known here: the cache is bounded from above.
     Unknown,
+}
+
+/// How a layer is put together, as far as that is known well enough for exact compute buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// Attention or its stand-in, then a feed-forward part, each with its residual.
+    Standard,
+    /// Attention and feed-forward part side by side, both from one norm.
+    Parallel(Sum),
+    /// Attention and Mamba 2 side by side, then a feed-forward part (Falcon-H1).
+    AttentionBesideState,
+    /// One part a layer (Nemotron-H).
+    OnePart,
+    /// Not known: compute buffers are bounded from above.
+    Unknown,
+}
+
+/// In which order parallel parts and the residual are added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sum {
+    /// Attention and feed-forward part, then the residual.
+    AttentionFirst,
+    /// Feed-forward part and attention, then the residual.
+    FeedForwardFirst,
+    /// Feed-forward part and residual, then attention.
+    ResidualFirst,
+}
+
+/// Which layers rotate queries and keys by position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rope {
+    /// All.
+    All,
+    /// None: positions are learned, or come in as slopes.
+    None,
+    /// Those with a window.
+    Windowed,
+    /// All but the last of every so many.
+    NotLastOf(u32),
+    /// All but the first of every so many.
+    NotFirstOf(u32),
 }
 
 /// The rules of an architecture.
@@ -76,6 +119,10 @@ pub struct Arch {
     /// Layers from this one on share the cache of earlier ones; 0 is none, `u64::MAX` is by the key
     /// `attention.shared_kv_layers`.
     pub shared_from: u64,
+    /// How its layers are put together.
+    pub layout: Layout,
+    /// Which layers rotate.
+    pub rope: Rope,
 }
 
 const PLAIN: Arch = Arch {
@@ -86,6 +133,8 @@ const PLAIN: Arch = Arch {
     indexer: Indexer::None,
     cache: true,
     shared_from: 0,
+    layout: Layout::Standard,
+    rope: Rope::All,
 };
 
 const fn plain(name: &'static str) -> Arch {
@@ -101,7 +150,17 @@ const fn mla(name: &'static str) -> Arch {
     Arch { name, mla: true, ..PLAIN }
 }
 const fn encoder(name: &'static str) -> Arch {
-    Arch { name, cache: false, ..PLAIN }
+    Arch { name, cache: false, layout: Layout::Unknown, ..PLAIN }
+}
+/// An architecture whose graph isn't known.
+const fn vague(arch: Arch) -> Arch {
+    Arch { layout: Layout::Unknown, ..arch }
+}
+const fn parallel(arch: Arch, sum: Sum) -> Arch {
+    Arch { layout: Layout::Parallel(sum), ..arch }
+}
+const fn rope(arch: Arch, rope: Rope) -> Arch {
+    Arch { rope, ..arch }
 }
 
 use Recurrent::{Both, Interval, NoHeads, NoHeadsNoFeedForward, Only};
@@ -112,49 +171,49 @@ use Window::{
 /// Every architecture whose rules are known.
 #[rustfmt::skip]
 pub const ARCHITECTURES: &[Arch] = &[
-    plain("llama"), plain("deci"), plain("falcon"), plain("grok"), plain("gpt2"), plain("gptj"), plain("gptneox"),
-    plain("mpt"), plain("baichuan"), plain("starcoder"), plain("refact"), plain("bloom"), plain("stablelm"),
+    plain("llama"), plain("deci"), parallel(plain("falcon"), Sum::FeedForwardFirst), plain("grok"), rope(plain("gpt2"), Rope::None), vague(plain("gptj")), plain("gptneox"),
+    rope(plain("mpt"), Rope::None), vague(plain("baichuan")), rope(plain("starcoder"), Rope::None), rope(plain("refact"), Rope::None), rope(plain("bloom"), Rope::None), plain("stablelm"),
     plain("qwen"), plain("qwen2"), plain("qwen2moe"), plain("qwen2vl"), plain("qwen3"), plain("qwen3moe"),
-    plain("qwen3vl"), plain("qwen3vlmoe"), plain("phi2"), plain("phi3"), plain("phimoe"), plain("plamo"),
+    plain("qwen3vl"), plain("qwen3vlmoe"), parallel(plain("phi2"), Sum::AttentionFirst), plain("phi3"), plain("phimoe"), parallel(plain("plamo"), Sum::FeedForwardFirst),
     plain("codeshell"), plain("orion"), plain("internlm2"), plain("minicpm"), plain("minicpm3"), plain("gemma"),
-    plain("starcoder2"), plain("xverse"), plain("command-r"), plain("dbrx"), plain("olmo"), plain("olmoe"),
-    plain("openelm"), plain("arctic"), plain("deepseek"), plain("deepseek2-ocr"), plain("chatglm"), plain("glm4"),
-    plain("glm4moe"), plain("bitnet"), plain("jais"), plain("jais2"), plain("nemotron"), plain("exaone"),
-    plain("granite"), plain("granitemoe"), plain("chameleon"), plain("plm"), plain("bailingmoe"),
+    plain("starcoder2"), plain("xverse"), parallel(plain("command-r"), Sum::ResidualFirst), plain("dbrx"), plain("olmo"), plain("olmoe"),
+    plain("openelm"), vague(plain("arctic")), plain("deepseek"), plain("deepseek2-ocr"), plain("chatglm"), plain("glm4"),
+    plain("glm4moe"), plain("bitnet"), rope(plain("jais"), Rope::None), plain("jais2"), plain("nemotron"), plain("exaone"),
+    plain("granite"), plain("granitemoe"), vague(plain("chameleon")), plain("plm"), plain("bailingmoe"),
     plain("bailingmoe2"), plain("dots1"), plain("arcee"), plain("ernie4_5"), plain("ernie4_5-moe"),
-    plain("hunyuan-moe"), plain("hunyuan-dense"), plain("hunyuan_vl"), plain("hy_v3"), plain("smollm3"),
-    plain("seed_oss"), plain("grovemoe"), plain("apertus"), plain("minimax-m2"), plain("cogvlm"),
+    plain("hunyuan-moe"), plain("hunyuan-dense"), plain("hunyuan_vl"), plain("hy_v3"), rope(plain("smollm3"), Rope::NotLastOf(4)),
+    plain("seed_oss"), plain("grovemoe"), plain("apertus"), plain("minimax-m2"), vague(plain("cogvlm")),
     plain("pangu-embedded"), plain("mistral3"), plain("paddleocr"), plain("llama-embed"), plain("maincoder"),
-    plain("talkie"),
+    vague(plain("talkie")),
     windowed("gemma2", Always(4096, 2)), windowed("gemma3", Key(6)), windowed("gpt-oss", Always(0, 2)),
-    windowed("llama4", Chunked(8192, 4)), windowed("cohere2", Always(0, 4)),
-    windowed("cohere2moe", AlwaysDenseFirst(4)), windowed("exaone4", IfLayers(64, 4096, 4)),
-    windowed("exaone-moe", Always(128, 4)), windowed("olmo2", Key(4)), windowed("afmoe", Key(4)),
+    windowed("llama4", Chunked(8192, 4)), rope(parallel(windowed("cohere2", Always(0, 4)), Sum::ResidualFirst), Rope::Windowed),
+    vague(windowed("cohere2moe", AlwaysDenseFirst(4))), windowed("exaone4", IfLayers(64, 4096, 4)),
+    windowed("exaone-moe", Always(128, 4)), windowed("olmo2", Key(4)), rope(windowed("afmoe", Key(4)), Rope::NotLastOf(4)),
     windowed("laguna", KeyDenseFirst(4)), windowed("mellum", Key(4)), windowed("plamo3", Key(8)),
-    windowed("smallthinker", KeyFixed(4096, 4)), windowed("muse-glimmer", Always(0, 4)), windowed("maple", List),
-    windowed("mimo2", List), windowed("step35", List), windowed("spark2_5", List), windowed("granite_swa", List),
-    Arch { shared_from: 20, ..windowed("gemma3n", Always(0, 5)) },
-    Arch { shared_from: u64::MAX, ..windowed("gemma4", List) },
+    rope(windowed("smallthinker", KeyFixed(4096, 4)), Rope::NotFirstOf(4)), rope(windowed("muse-glimmer", Always(0, 4)), Rope::Windowed), vague(windowed("maple", List)),
+    windowed("mimo2", List), windowed("step35", List), vague(windowed("spark2_5", List)), windowed("granite_swa", List),
+    Arch { shared_from: 20, ..vague(windowed("gemma3n", Always(0, 5))) },
+    Arch { shared_from: u64::MAX, ..vague(windowed("gemma4", List)) },
     mla("deepseek2"), mla("mistral4"),
-    Arch { indexer: Indexer::Keys, ..mla("deepseek32") },
-    Arch { indexer: Indexer::Keys, ..mla("glm-dsa") },
-    Arch { indexer: Indexer::Keys, ..mla("hy_v4") },
-    Arch { indexer: Indexer::KeysAfterDense, ..plain("minimax-m3") },
-    Arch { indexer: Indexer::Unknown, window: List, ..mla("dots3note") },
-    Arch { indexer: Indexer::Unknown, ..mla("deepseek4") },
+    Arch { indexer: Indexer::Keys, ..vague(mla("deepseek32")) },
+    Arch { indexer: Indexer::Keys, ..vague(mla("glm-dsa")) },
+    Arch { indexer: Indexer::Keys, ..vague(mla("hy_v4")) },
+    Arch { indexer: Indexer::AfterDense, ..vague(plain("minimax-m3")) },
+    Arch { indexer: Indexer::Unknown, window: List, ..vague(mla("dots3note")) },
+    Arch { indexer: Indexer::Unknown, ..vague(mla("deepseek4")) },
     hybrid("qwen3next", Interval(4)), hybrid("qwen35", Interval(4)), hybrid("qwen35moe", Interval(4)),
-    hybrid("minimax-01", Interval(8)), hybrid("granitehybrid", NoHeads), hybrid("jamba", NoHeads),
-    hybrid("plamo2", NoHeads), hybrid("nemotron_h", NoHeadsNoFeedForward),
-    hybrid("nemotron_h_moe", NoHeadsNoFeedForward), hybrid("falcon-h1", Both),
+    vague(hybrid("minimax-01", Interval(8))), hybrid("granitehybrid", NoHeads), vague(hybrid("jamba", NoHeads)),
+    vague(hybrid("plamo2", NoHeads)), Arch { layout: Layout::OnePart, ..hybrid("nemotron_h", NoHeadsNoFeedForward) },
+    Arch { layout: Layout::OnePart, ..hybrid("nemotron_h_moe", NoHeadsNoFeedForward) }, Arch { layout: Layout::AttentionBesideState, ..hybrid("falcon-h1", Both) },
     Arch { window: EveryAttention, ..hybrid("lfm2", NoHeads) },
     hybrid("lfm2moe", NoHeads),
-    Arch { mla: true, ..hybrid("kimi-linear", NoHeads) },
-    Arch { mla: true, ..hybrid("bailingmoe3", NoHeads) },
-    Arch { mla: true, ..hybrid("kimi-k3", NoHeads) },
-    Arch { mla: true, indexer: Indexer::Unknown, ..hybrid("glm5-next", NoHeads) },
-    Arch { indexer: Indexer::Unknown, ..hybrid("qwen4exp", Interval(4)) },
-    hybrid("mamba", Only), hybrid("mamba2", Only), hybrid("rwkv6", Only), hybrid("rwkv6qwen2", Only),
-    hybrid("rwkv7", Only), hybrid("arwkv7", Only),
+    Arch { mla: true, ..vague(hybrid("kimi-linear", NoHeads)) },
+    Arch { mla: true, ..vague(hybrid("bailingmoe3", NoHeads)) },
+    Arch { mla: true, ..vague(hybrid("kimi-k3", NoHeads)) },
+    Arch { mla: true, indexer: Indexer::Pooled(3), ..vague(hybrid("glm5-next", NoHeads)) },
+    Arch { indexer: Indexer::Pooled(2), ..vague(hybrid("qwen4exp", Interval(4))) },
+    vague(hybrid("mamba", Only)), vague(hybrid("mamba2", Only)), vague(hybrid("rwkv6", Only)), vague(hybrid("rwkv6qwen2", Only)),
+    vague(hybrid("rwkv7", Only)), vague(hybrid("arwkv7", Only)),
     encoder("bert"), encoder("modern-bert"), encoder("nomic-bert"), encoder("nomic-bert-moe"),
     encoder("neo-bert"), encoder("jina-bert-v2"), encoder("jina-bert-v3"), encoder("eurobert"),
     encoder("gemma-embedding"), encoder("dream"), encoder("llada"), encoder("llada-moe"), encoder("rnd1"),
@@ -171,7 +230,7 @@ impl Arch {
     /// What stands in for an unknown architecture: a plain cache in every layer, which bounds it from above.
     #[must_use]
     pub const fn unknown() -> &'static Self {
-        const UNKNOWN: Arch = plain("unknown");
+        const UNKNOWN: Arch = vague(plain("unknown"));
         &UNKNOWN
     }
 }

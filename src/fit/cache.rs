@@ -85,7 +85,8 @@ impl Shape {
         let in_window = facts.window * if unified { u64::from(slots) } else { 1 };
         let window_cells = (in_window + ubatch).min(cells).next_multiple_of(PAD);
         let window_cells = if settings.swa_full { cells } else { window_cells };
-        let flash_attention = settings.flash_attention != FlashAttention::Off;
+        // Grok's attention can't be fused: the engine turns that off.
+        let flash_attention = settings.flash_attention != FlashAttention::Off && facts.architecture != "grok";
         let outputs = if settings.embedding { batch } else { batch.min(u64::from(slots)) };
         let shape = Self {
             context,
@@ -199,7 +200,14 @@ fn layer_cache(
         row = row.saturating_add(self::row(settings.cache_type_v, v, "V")?);
     }
     if layer.indexed {
-        row = row.saturating_add(self::row(settings.cache_type_k, facts.indexer_key, "the indexer")?);
+        let keys = match facts.arch.indexer {
+            Indexer::Pooled(n) => facts.indexer_key.saturating_mul(n),
+            _ => facts.indexer_key,
+        };
+        row = row.saturating_add(self::row(settings.cache_type_k, keys, "the indexer")?);
+        if facts.arch.indexer == Indexer::AfterDense {
+            row = row.saturating_add(self::row(settings.cache_type_v, facts.head.1, "the indexer")?);
+        }
     }
     Ok(cells.saturating_mul(row))
 }

@@ -1,6 +1,7 @@
 //! Compute buffers and the output buffer.
 
 use super::FitError;
+use super::arch::Indexer;
 use super::cache::Shape;
 use super::facts::Facts;
 use super::graph;
@@ -70,7 +71,13 @@ fn bound(facts: &Facts, shape: &Shape) -> u64 {
     let attention = if shape.flash_attention { 0 } else { 8 * heads * shape.cells };
     let state = 16 * u64::from(shape.slots) * (facts.state.recurrent + facts.state.rolling);
     let logits = 4 * facts.vocabulary * shape.outputs;
-    n.saturating_mul(worst + masks + attention).saturating_add(logits).saturating_add(state)
+    // Indexers score every cell for every token, several times over; decays are squares of the batch.
+    let scores =
+        if facts.arch.indexer == Indexer::None { 0 } else { 32 * (1 + u64::from(shape.slots)) * shape.cells };
+    let decays = if facts.state.recurrent > 0 { 32 * n } else { 0 };
+    let each =
+        worst.saturating_add(masks).saturating_add(attention).saturating_add(scores).saturating_add(decays);
+    n.saturating_mul(each).saturating_add(logits).saturating_add(state)
 }
 
 /// The buffer of logits, one row for each slot; embeddings too where they are asked for.

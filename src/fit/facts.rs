@@ -364,8 +364,8 @@ fn layers(keys: &Keys, arch: &Arch, all: usize, count: usize) -> Result<Vec<Laye
         let cached = arch.cache && trunk && attends && i < shared_from;
         let indexed = match arch.indexer {
             Indexer::None => false,
-            Indexer::KeysAfterDense => i >= dense,
-            Indexer::Keys | Indexer::Unknown => {
+            Indexer::AfterDense => i >= dense,
+            Indexer::Keys | Indexer::Pooled(_) | Indexer::Unknown => {
                 marked.as_ref().is_none_or(|m| m.get(i).is_none_or(|n| *n != 0))
             }
         };

@@ -152,7 +152,7 @@ impl Hyper {
                 () if number("embedding_scale") != 0.0 => EmbeddingScale::Whole,
                 () => EmbeddingScale::None,
             },
-            no_rope: architecture.starts_with("granite")
+            no_rope: ["granite", "granitehybrid"].contains(&architecture)
                 && model.arch_value("rope.scaling.finetuned").and_then(Value::as_bool) == Some(false),
             query_scale: ["phi2", "phi3", "phimoe", "gemma", "gemma2", "gemma3"].contains(&architecture),
             logit_scale: number("logit_scale") != 0.0,

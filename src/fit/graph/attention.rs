@@ -2,6 +2,7 @@
 
 use super::build::Builder;
 use super::tensor::{Id, NONE, Op};
+use crate::fit::arch::Rope;
 use crate::gguf::TensorType;
 
 /// Inputs of attention on one cache.
@@ -60,7 +61,9 @@ impl Builder<'_> {
         let v_ids = self.input(TensorType::I64, [if flash { n } else { n * widest }, 1, 1, 1]);
         let mask_kind = if flash { TensorType::F16 } else { TensorType::F32 };
         let mask = self.input(mask_kind, [cells, n / shape.streams, 1, shape.streams]);
-        let (k_rotation, v_rotation) = if latent { (0, 0) } else { self.rotations(windowed) };
+        // Hybrids with windows go without rotations.
+        let hybrid = self.facts.window > 0 && self.facts.layers.iter().any(|l| l.recurrent);
+        let (k_rotation, v_rotation) = if latent || hybrid { (0, 0) } else { self.rotations(windowed) };
         let mut square = |n: u64| if n == 0 { NONE } else { self.input(TensorType::F32, [n, n, 1, 1]) };
         let (k_rotation, v_rotation) = (square(k_rotation), square(v_rotation));
         CacheInputs { k_ids, v_ids, mask, k_rotation, v_rotation, cells }
@@ -297,7 +300,15 @@ impl Builder<'_> {
     }
 
     pub fn rope(&mut self, x: Id) -> Id {
-        if self.facts.hyper.no_rope {
+        let layer = self.layer + 1;
+        let rotates = match self.facts.arch.rope {
+            Rope::All => !self.facts.hyper.no_rope,
+            Rope::None => false,
+            Rope::Windowed => self.dims().windowed,
+            Rope::NotLastOf(n) => !layer.is_multiple_of(n as usize),
+            Rope::NotFirstOf(n) => !self.layer.is_multiple_of(n as usize),
+        };
+        if !rotates {
             return x;
         }
         let ne = self.graph.ne(x);

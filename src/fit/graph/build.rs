@@ -199,8 +199,18 @@ impl<'a> Builder<'a> {
             }
         };
         self.graph.expand(embedded);
+        let embedded = match self.outside("position_embd.weight", host) {
+            Some(table) => {
+                self.positions = self.input(TensorType::I32, [n, 1, 1, 1]);
+                let places = self.graph.get_rows(table, self.positions);
+                self.graph.in_place(&[embedded, places])
+            }
+            None => embedded,
+        };
         self.out_ids = self.input(TensorType::I32, [self.outputs, 1, 1, 1]);
-        self.positions = self.input(TensorType::I32, [n * self.facts.hyper.positions, 1, 1, 1]);
+        if self.positions == super::tensor::NONE {
+            self.positions = self.input(TensorType::I32, [n * self.facts.hyper.positions, 1, 1, 1]);
+        }
         if self.facts.hyper.temperature {
             self.temperature = self.input(TensorType::F32, [1, 1, n, 1]);
         }

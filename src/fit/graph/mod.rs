@@ -71,8 +71,8 @@ fn measure(
 fn left_out(facts: &Facts, built: &[usize], each: &[usize]) -> u64 {
     let like = |i: usize| (facts.kinds.of_layer[i], facts.layers[i]);
     let of = |i: usize| {
-        let same = built.iter().zip(each).filter(|(b, _)| like(**b) == like(i));
-        same.last().map_or(0, |(_, n)| *n as u64)
+        let mut latest_first = built.iter().zip(each).rev();
+        latest_first.find(|(b, _)| like(**b) == like(i)).map_or(0, |(_, n)| *n as u64)
     };
     let missing = (0..facts.layer_count as usize).filter(|i| !built.contains(i));
     missing.map(of).fold(0, u64::saturating_add)

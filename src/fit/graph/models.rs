@@ -4,6 +4,7 @@ use super::attention::{AttentionInputs, Projections};
 use super::build::Builder;
 use super::recurrent::StateInputs;
 use super::tensor::{Id, Op};
+use crate::fit::arch::{Layout, Sum};
 use crate::gguf::TensorType;
 
 /// Builds the graph of a model with the given layers and says how many tensors each of them added; none where
@@ -18,10 +19,12 @@ pub(super) fn build(b: &mut Builder, layers: &[usize]) -> Option<Vec<usize>> {
     for layer in layers {
         let before = b.graph.nodes.len() + b.graph.leafs.len();
         b.layer = *layer;
-        x = match b.facts.architecture.as_str() {
-            "nemotron_h" | "nemotron_h_moe" => nemotron(b, &inputs, copies, x)?,
-            "falcon-h1" => falcon_h1(b, &inputs, copies, x)?,
-            _ => standard(b, &inputs, copies, x)?,
+        x = match b.facts.arch.layout {
+            Layout::OnePart => nemotron(b, &inputs, copies, x)?,
+            Layout::AttentionBesideState => falcon_h1(b, &inputs, copies, x)?,
+            Layout::Parallel(sum) => parallel(b, &inputs, copies, x, sum)?,
+            Layout::Standard => standard(b, &inputs, copies, x)?,
+            Layout::Unknown => return None,
         };
         added.push(b.graph.nodes.len() + b.graph.leafs.len() - before);
     }
@@ -34,23 +37,44 @@ fn standard(b: &mut Builder, inputs: &AttentionInputs, copies: StateInputs, x: I
     let mut residual = x;
     // LFM2 adds to the residual, all others add the residual.
     let swapped = b.facts.architecture.starts_with("lfm2");
-    let normed = b.norm(x, "attn_norm");
+    // Some have norms behind their parts only.
+    let norms_behind = !b.has("attn_norm.weight") && b.has("post_attention_norm.weight");
+    let normed = if norms_behind { x } else { b.norm(x, "attn_norm") };
     let mut cur = mixer(b, inputs, copies, normed)?;
     cur = b.outputs_only(cur);
     residual = b.outputs_only(residual);
     // A norm behind attention is the feed-forward part's own where that has no other.
-    let behind = b.has("post_attention_norm.weight") && b.has("ffn_norm.weight");
+    let behind = b.has("post_attention_norm.weight") && (b.has("ffn_norm.weight") || norms_behind);
     if behind {
         cur = b.norm(cur, "post_attention_norm");
     }
     let middle = if swapped { b.add(residual, cur) } else { b.add(cur, residual) };
     let before = if b.has("ffn_norm.weight") { "ffn_norm" } else { "post_attention_norm" };
-    let normed = b.norm(middle, before);
+    let normed = if norms_behind { middle } else { b.norm(middle, before) };
     let mut cur = b.feed_forward(normed)?;
     if b.has("post_ffw_norm.weight") {
         cur = b.norm(cur, "post_ffw_norm");
     }
     Some(if swapped { b.add(middle, cur) } else { b.add(cur, middle) })
+}
+
+/// Attention and feed-forward part side by side.
+fn parallel(b: &mut Builder, inputs: &AttentionInputs, copies: StateInputs, x: Id, sum: Sum) -> Option<Id> {
+    let normed = b.norm(x, "attn_norm");
+    // Falcon 40B has a norm of attention's own.
+    let own = if b.has("attn_norm_2.weight") { b.norm(x, "attn_norm_2") } else { normed };
+    let attended = mixer(b, inputs, copies, own)?;
+    let attended = b.outputs_only(attended);
+    let residual = b.outputs_only(x);
+    let normed = b.outputs_only(normed);
+    let raised = b.feed_forward(normed)?;
+    let (first, second, third) = match sum {
+        Sum::AttentionFirst => (attended, raised, residual),
+        Sum::FeedForwardFirst => (raised, attended, residual),
+        Sum::ResidualFirst => (raised, residual, attended),
+    };
+    let both = b.add(first, second);
+    Some(b.add(both, third))
 }
 
 /// What stands in the place of attention in this layer.
@@ -86,7 +110,16 @@ fn mixer(b: &mut Builder, inputs: &AttentionInputs, copies: StateInputs, x: Id) 
             p
         }
     };
+    let gate = b.linear("attn_gate", x);
     let out = b.attend(inputs, projections, b.has("attn_sinks.weight"));
+    // A gate beside attention (AFMoE).
+    let out = match gate {
+        Some(gate) => {
+            let gate = b.graph.in_place(&[gate]);
+            b.graph.in_place(&[out, gate])
+        }
+        None => out,
+    };
     b.linear("attn_output", out)
 }
 
