@@ -25,7 +25,7 @@ impl Agent {
     pub fn start(common: &Common) -> Self {
         let root = nix::unistd::geteuid().is_root();
         let terminal = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
-        let wanted = !common.no_ask_password && !root && terminal && common.bus.is_none();
+        let wanted = !common.no_ask_password && !root && terminal && super::bus_address(common).is_none();
         Self { child: if wanted { spawn() } else { None } }
     }
 }

@@ -112,12 +112,14 @@ impl Asker<'_> {
                 owner = self.wait_for_owner(&bus, &mut owners).await?;
                 continue;
             };
-            self.deadline = Instant::now() + self.patience.absent;
             if self.asked >= self.patience.asks {
                 return Err(CallError::Unreachable(format!("it went away {} times in mid-call", self.asked)));
             }
             self.asked += 1;
-            match self.ask_owner(client, &asked, &mut owners, &mut progress, say).await? {
+            let ended = self.ask_owner(client, &asked, &mut owners, &mut progress, say).await;
+            // The answer may have been waited for long: absence counts from here.
+            self.deadline = Instant::now() + self.patience.absent;
+            match ended? {
                 Ended::Answered(Err(CallError::Unreachable(_))) => {
                     sleep(PAUSE).await;
                     owner = owner_of(&bus).await?;

@@ -24,6 +24,7 @@ mod wait_ready;
 use std::ffi::OsString;
 use std::future::Future;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches};
 
@@ -33,7 +34,10 @@ pub use completions::script as completion_script;
 pub use failure::{Exit, Failure};
 pub use fit::Local as LocalQuotes;
 
-use crate::dbus::{BUS_ADDRESS_VARIABLE, Client};
+use crate::dbus::{BUS_ADDRESS_VARIABLE, CallError, Client};
+
+/// How long a call that only reads may take: as long as D-Bus calls usually may.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(25);
 
 /// The whole command line as clap sees it: for completions, manual pages and tests.
 #[must_use]
@@ -108,6 +112,17 @@ fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Fa
 fn bus_address(common: &Common) -> Option<String> {
     let from_environment = || std::env::var(BUS_ADDRESS_VARIABLE).ok().filter(|address| !address.is_empty());
     common.bus.clone().or_else(from_environment)
+}
+
+/// The answer to a call that only reads, which a daemon that is well gives at once.
+async fn answer<T>(call: impl Future<Output = zbus::Result<T>>) -> Result<T, Failure> {
+    match tokio::time::timeout(ANSWER_TIMEOUT, call).await {
+        Ok(answer) => Ok(answer.map_err(CallError::from)?),
+        Err(_) => {
+            let seconds = ANSWER_TIMEOUT.as_secs();
+            Err(CallError::Unreachable(format!("it has not answered within {seconds} s")).into())
+        }
+    }
 }
 
 /// A connection to the daemon's bus.

@@ -82,11 +82,20 @@ impl Process {
         }
     }
 
+    /// Whether the process behind the descriptor has ended.
+    fn ended(&self) -> bool {
+        let Some(pidfd) = &self.pidfd else { return false };
+        let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// How far it has come.
     #[must_use]
     pub fn stage(&self) -> Stage {
         match self.stat() {
             Some((true, start_time)) if start_time == self.start_time => {}
+            // With ProtectProc=invisible an engine whose program can't be read can't be looked at.
+            None if self.pidfd.is_some() && !self.ended() => return Stage::Engine,
             _ => return Stage::Gone,
         }
         let arguments = self.read("cmdline").unwrap_or_default();

@@ -43,7 +43,7 @@ pub(super) fn list(common: &Common, args: &List) -> Result<(), Failure> {
 fn fetch(common: &Common) -> Result<Value, Failure> {
     let text = super::block_on(async {
         let client = super::connect(common).await?;
-        Ok(client.manager().status().await.map_err(CallError::from)?)
+        super::answer(client.manager().status()).await
     })?;
     serde_json::from_str(&text).map_err(unreadable)
 }

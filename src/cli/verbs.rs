@@ -15,7 +15,7 @@ pub(super) fn plan(common: &Common, args: &Plan) -> Result<(), Failure> {
     let text = super::block_on(async {
         let client = super::connect(common).await?;
         let context = args.context.unwrap_or(0);
-        Ok(client.manager().plan(&args.name, context).await.map_err(CallError::from)?)
+        super::answer(client.manager().plan(&args.name, context)).await
     })?;
     show(&text, args.json, plan_text)
 }
@@ -23,7 +23,7 @@ pub(super) fn plan(common: &Common, args: &Plan) -> Result<(), Failure> {
 pub(super) fn explain(common: &Common, args: &Explain) -> Result<(), Failure> {
     let text = super::block_on(async {
         let client = super::connect(common).await?;
-        Ok(client.manager().explain(&args.name).await.map_err(CallError::from)?)
+        super::answer(client.manager().explain(&args.name)).await
     })?;
     show(&text, args.json, explain_text)
 }
@@ -46,7 +46,7 @@ pub(super) fn mode(common: &Common, args: &Mode) -> Result<(), Failure> {
         if let Some(mode) = &args.mode {
             client.set_mode(mode).await?;
         }
-        Ok(client.manager().mode().await.map_err(CallError::from)?)
+        super::answer(client.manager().mode()).await
     })?;
     if args.json {
         return output::print_json(&serde_json::json!({ "mode": mode }));
