@@ -138,6 +138,22 @@ pub fn cache_directory() -> Result<PathBuf> {
     Ok(directory)
 }
 
+/// Removes what older recipes left in the cache: everything with the prefix but `keep`. A machine
+/// that still runs from it keeps its open files.
+pub fn prune(cache: &Path, prefix: &str, keep: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(cache)? {
+        let path = entry?.path();
+        let old =
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)) && path != keep;
+        if old && path.is_dir() {
+            std::fs::remove_dir_all(&path)?;
+        } else if old {
+            std::fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
 /// The top of the source tree.
 pub fn source_root() -> PathBuf {
     // Cargo sets the variable for `cargo xtask`; the compiled-in value serves a binary run by hand.

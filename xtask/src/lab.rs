@@ -33,6 +33,7 @@ pub struct Config {
     file: String,
     port: u16,
     priority: u8,
+    context: u32,
     extra: String,
 }
 
@@ -44,6 +45,7 @@ impl Config {
             file: format!("{MODELS}/{name}.gguf"),
             port,
             priority: 50,
+            context: 1024,
             extra: String::new(),
         }
     }
@@ -66,6 +68,12 @@ impl Config {
         self
     }
 
+    /// Another context than 1024.
+    pub fn context(mut self, tokens: u32) -> Config {
+        self.context = tokens;
+        self
+    }
+
     /// A further line.
     pub fn with(mut self, line: &str) -> Config {
         self.extra.push_str(line);
@@ -74,8 +82,8 @@ impl Config {
     }
 
     fn toml(&self) -> String {
-        let Config { file, port, priority, extra, .. } = self;
-        format!("model = \"{file}\"\ncontext = 1024\nport = {port}\npriority = {priority}\n{extra}")
+        let Config { file, port, priority, context, extra, .. } = self;
+        format!("model = \"{file}\"\ncontext = {context}\nport = {port}\npriority = {priority}\n{extra}")
     }
 }
 

@@ -3,6 +3,7 @@
 // The scenarios that use the rest come next.
 #![allow(dead_code)]
 
+mod bench;
 mod deb;
 mod demo;
 mod host;
@@ -30,6 +31,8 @@ struct Arguments {
 enum Task {
     /// Check everything: formatting, lints, tests, and the scenarios in the virtual machine
     Test(test::TestOptions),
+    /// Measure what the project promises to be fast or small
+    Bench(bench::BenchOptions),
     /// See it work: models are admitted, made room for and refused, in a virtual machine
     Demo(demo::DemoOptions),
     /// Build and install on this machine, or below --destdir
@@ -58,6 +61,11 @@ enum Task {
 enum VmAction {
     /// Build the image and the models, boot nothing
     Build,
+    /// Boot and say how to log in; Enter ends the machine
+    Shell {
+        #[command(flatten)]
+        machine: MachineOptions,
+    },
     /// Boot, run one shell command as root in the guest, and exit with its code
     Run {
         /// The command
@@ -94,6 +102,7 @@ fn main() -> std::process::ExitCode {
 fn run(task: Task) -> Result<u8> {
     match task {
         Task::Test(options) => test::test(&options),
+        Task::Bench(options) => bench::bench(&options).map(|()| 0),
         Task::Demo(options) => demo::demo(&options).map(|()| 0),
         Task::Install(options) => install::install(&options).map(|()| 0),
         Task::Deb { profile, suffix } => {
@@ -107,6 +116,10 @@ fn run(task: Task) -> Result<u8> {
         Task::Vm { action: VmAction::Build, image } => {
             println!("image: {}", Image::ensure(&image)?.directory.display());
             println!("models: {}", models::ensure_disk()?.display());
+            Ok(0)
+        }
+        Task::Vm { action: VmAction::Shell { machine }, image } => {
+            boot(&image, &machine)?.offer_login();
             Ok(0)
         }
         Task::Vm { action: VmAction::Run { script, machine }, image } => {

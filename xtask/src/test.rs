@@ -106,8 +106,7 @@ fn in_the_machine(options: &TestOptions, scenarios: &[&Scenario], report: &mut R
         });
     }
     if options.keep {
-        println!("kept; log in with:\n{}\nEnter ends it", lab.guest.login_command());
-        let _ = std::io::stdin().read_line(&mut String::new());
+        lab.guest.offer_login();
     }
 }
 

@@ -72,6 +72,8 @@ pub enum Kind {
     Q8_0,
     /// Blocks of 256 weights in 54 bytes: header-only models.
     Tq1_0,
+    /// Blocks of 256 weights in 66 bytes: header-only models.
+    Iq2Xxs,
 }
 
 impl Kind {
@@ -81,6 +83,7 @@ impl Kind {
             Kind::F16 => 1,
             Kind::Q8_0 => 8,
             Kind::Tq1_0 => 34,
+            Kind::Iq2Xxs => 16,
         }
     }
 
@@ -91,6 +94,7 @@ impl Kind {
             Kind::F16 => elements * 2,
             Kind::Q8_0 => elements / 32 * 34,
             Kind::Tq1_0 => elements / 256 * 54,
+            Kind::Iq2Xxs => elements / 256 * 66,
         }
     }
 }

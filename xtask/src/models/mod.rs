@@ -2,6 +2,7 @@
 //! holes for what only has to be admitted, and files broken in every way that a download can be.
 
 pub mod broken;
+pub mod deepseek;
 pub mod gguf;
 
 use crate::host;
@@ -324,6 +325,7 @@ pub fn ensure_disk() -> Result<PathBuf> {
     host::output(&mut mke2fs)?;
     fs::remove_dir_all(&tree)?;
     fs::rename(&partial, &disk)?;
+    host::prune(&cache, "models-", &disk)?;
     println!("generated the models in {} s", started.elapsed().as_secs());
     Ok(disk)
 }

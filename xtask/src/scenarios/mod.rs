@@ -1,9 +1,11 @@
 //! What has to hold in the virtual machine, on real processes: one function each.
 
+mod access;
 mod admission;
 mod boot;
 mod broken;
 mod daemon;
+mod lifecycle;
 mod package;
 mod sharing;
 
@@ -38,6 +40,14 @@ scenarios![
     broken::hostile_headers,
     sharing::mapped_weights_are_charged_once,
     sharing::unmapped_weights_are_charged_twice,
+    lifecycle::load_and_unload,
+    lifecycle::crash_restarts_through_the_gate,
+    lifecycle::evicted_models_return,
+    lifecycle::context_shrinks_before_eviction,
+    lifecycle::other_engines_and_observing,
+    access::group_members_may_load,
+    access::engine_is_unprivileged,
+    access::secrets_stay_secret,
     daemon::killed_while_models_run_and_load,
     daemon::start_waits_for_the_daemon,
     daemon::upgrade_keeps_models,

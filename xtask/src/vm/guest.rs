@@ -274,15 +274,14 @@ impl Guest {
         }
     }
 
-    /// How a person logs in.
-    pub fn login_command(&self) -> String {
-        self.ssh(COMMAND_LIMIT)
-            .map(|command| {
-                let words: Vec<String> =
-                    command.get_args().skip(2).map(|word| word.to_string_lossy().into_owned()).collect();
-                format!("{} root@127.0.0.1", words.join(" "))
-            })
-            .unwrap_or_default()
+    /// Says how a person logs in, and waits for Enter.
+    pub fn offer_login(&self) {
+        let Ok(command) = self.ssh(COMMAND_LIMIT) else { return };
+        // Without `timeout` and its two arguments.
+        let words: Vec<String> =
+            command.get_args().skip(2).map(|word| word.to_string_lossy().into_owned()).collect();
+        println!("log in with:\n{} root@127.0.0.1\nEnter ends the machine", words.join(" "));
+        let _ = std::io::stdin().read_line(&mut String::new());
     }
 
     /// The machine under it.

@@ -181,6 +181,7 @@ impl Image {
             host::run(host::as_root("chown")?.arg("-R").arg(owner).arg(&self.directory))?;
         }
         fs::rename(&partial, self.root())?;
+        host::prune(&host::cache_directory()?, "guest-", &self.directory)?;
         println!("built the guest in {} s", started.elapsed().as_secs());
         Ok(())
     }

@@ -1,0 +1,190 @@
+//! `cargo xtask bench`: figures for what the project promises to be fast or small. No pass or fail.
+
+use crate::lab::{Config, Lab};
+use crate::models::{self, deepseek};
+use crate::vm::{Guest, ImageOptions, Machine, MachineOptions, image::Image};
+use crate::{deb, host, install};
+use anyhow::{Context, Result};
+use plimsoll::bytes::Bytes;
+use plimsoll::config::Instance;
+use plimsoll::ledger::{FileId, Footprint, Machine as Reading, Mapped, Measured, Memory, Phase, Reservation};
+use plimsoll::policy::plan::Situation;
+use plimsoll::policy::{Planned, Request, Rules, Rung, plan};
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// What to measure.
+#[derive(Debug, Clone, clap::Args)]
+pub struct BenchOptions {
+    /// Leave out what needs the virtual machine
+    #[arg(long)]
+    pub no_vm: bool,
+    /// How to boot
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    /// What to boot
+    #[command(flatten)]
+    pub image: ImageOptions,
+}
+
+/// Runs all of them; an unoptimised build starts an optimised one of itself.
+pub fn bench(options: &BenchOptions) -> Result<()> {
+    if cfg!(debug_assertions) {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut command = Command::new(cargo);
+        command.current_dir(host::source_root()).args([
+            "run",
+            "--quiet",
+            "--release",
+            "--package",
+            "xtask",
+            "--",
+        ]);
+        return host::run(command.args(std::env::args_os().skip(1)));
+    }
+    large_header()?;
+    planner(1000)?;
+    if !options.no_vm {
+        in_the_machine(options)?;
+    }
+    Ok(())
+}
+
+/// The middle of several timings.
+fn median(times: usize, mut run: impl FnMut() -> Result<()>) -> Result<Duration> {
+    let mut all = Vec::with_capacity(times);
+    for _ in 0..times {
+        let started = Instant::now();
+        run()?;
+        all.push(started.elapsed());
+    }
+    all.sort();
+    Ok(all[times / 2])
+}
+
+fn large_header() -> Result<()> {
+    let directory = host::source_root().join("target/bench");
+    std::fs::create_dir_all(&directory)?;
+    let first = deepseek::write(&directory)?;
+    let bytes: u64 = std::fs::read_dir(&directory)?
+        .filter_map(|entry| entry.ok()?.metadata().ok())
+        .map(|meta| meta.len())
+        .sum();
+    let program = install::build("release")?.join("plimsoll");
+    let took = median(21, || {
+        let mut command = Command::new(&program);
+        command.arg("fit").arg(&first).args(["-c", "16384", "--ram", "128GiB", "--gpu", "none", "--json"]);
+        // A verdict other than "fits" may show in the exit code: the time is what counts.
+        let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+        anyhow::ensure!(status.code().is_some_and(|code| code != 1 && code != 2), "plimsoll fit: {status}");
+        Ok(())
+    })?;
+    println!("plimsoll fit, four shards of together {} GB: {:.1} ms", bytes / 1_000_000_000, millis(took));
+    Ok(())
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// A plan on a machine where `count` models run, all of lower priority than what comes.
+fn planner(count: u64) -> Result<()> {
+    let footprint = |n: u64, weights: u64| Footprint {
+        private: Bytes::mib(512 + n % 7 * 100),
+        mapped: vec![Mapped { file: FileId { device: 1, inode: n }, bytes: Bytes::mib(weights) }],
+        gpus: Vec::new(),
+    };
+    let mut holders: BTreeMap<Instance, Reservation> = BTreeMap::new();
+    for n in 0..count {
+        let reservation = Reservation {
+            phase: Phase::Running,
+            priority: u8::try_from(n % 60)?,
+            pinned: n % 50 == 0,
+            context: 4096,
+            predicted: footprint(n, 1024 + n % 13 * 300),
+            measured: Measured::default(),
+            invocation: format!("{n:032x}"),
+            last_used: n,
+            ttl: None,
+            reload: Bytes::gib(1),
+        };
+        holders.insert(format!("model-{n}").parse().ok().context("a bad name")?, reservation);
+    }
+    let held: Bytes = holders.values().map(|r| r.held().total()).sum();
+    let memory = Memory { total: held + Bytes::gib(8), available: held + Bytes::gib(4), ..Memory::default() };
+    let machine = Reading { memory, ..Reading::default() };
+    let request = Request {
+        instance: "newcomer".parse().ok().context("a bad name")?,
+        invocation: String::new(),
+        priority: 90,
+        pinned: false,
+        ladder: vec![Rung { context: 65536, footprint: footprint(count, held.0 / 3 / (1 << 20)) }],
+        advice: Vec::new(),
+        ttl: None,
+        reload: Bytes::gib(1),
+        may_swap: false,
+        instead_of: BTreeSet::new(),
+        stuck: BTreeSet::new(),
+        force: false,
+        explicit: true,
+        unknown: None,
+        unit_limit: None,
+    };
+    let rules = Rules::default();
+    let situation = Situation { holders: &holders, machine: &machine, rules: &rules, now: 1_000_000 };
+    let mut outcome = String::new();
+    let took = median(101, || {
+        outcome = match plan(&request, situation) {
+            Planned::Admit(plan) => format!("{} steps", plan.steps.len()),
+            other => format!("{other:?}").chars().take(80).collect(),
+        };
+        Ok(())
+    })?;
+    println!("planner with {count} models ({outcome}): {:.2} ms", millis(took));
+    Ok(())
+}
+
+fn in_the_machine(options: &BenchOptions) -> Result<()> {
+    let package = deb::build("release", "")?;
+    let image = Image::ensure(&options.image)?;
+    let disk = models::ensure_disk()?;
+    let lab =
+        Lab::new(Guest::connect(Machine::start(&image, &disk, &options.machine)?)?, package, "release")?;
+    lab.configure(&[Config::new("small", 8001)])?;
+    lab.serve("small", 8001)?;
+    idle(&lab)?;
+    round_trips(&lab)
+}
+
+/// Memory and wake-ups of the daemon while one model is loaded and nobody asks for anything.
+fn idle(lab: &Lab) -> Result<()> {
+    let pid = lab.daemon_pid()?;
+    let script = format!(
+        "count() {{ cat /proc/{pid}/task/*/status | awk '/^voluntary_ctxt/ {{n += $2}} END {{print n}}'; }}; \
+         a=$(count); cpu=$(awk '{{print $14 + $15}}' /proc/{pid}/stat); timeout 60 tail -f /dev/null; \
+         b=$(count); echo \"$((b - a)) $(( $(awk '{{print $14 + $15}}' /proc/{pid}/stat) - cpu ))\"; \
+         awk '/^VmRSS|^RssAnon|^RssFile/ {{printf \"%s %s kB  \", $1, $2}}' /proc/{pid}/status; ls /proc/{pid}/task | wc -l"
+    );
+    let said = lab.guest.ok(&script)?;
+    let mut lines = said.lines();
+    println!("idle daemon: wake-ups and CPU ticks in 60 s: {}", lines.next().unwrap_or("?"));
+    println!("idle daemon: memory and threads: {}", lines.next().unwrap_or("?"));
+    Ok(())
+}
+
+/// The way over the bus in the guest, under emulation: a call to the daemon, and a whole start with
+/// an engine that does nothing.
+fn round_trips(lab: &Lab) -> Result<()> {
+    let each = |name: &str, call: &str| -> Result<()> {
+        let said = lab.guest.ok(&format!(
+            "a=$(date +%s%N); for n in 1 2 3 4 5 6 7 8 9 10; do {call} > /dev/null; done; b=$(date +%s%N); echo $(( (b - a) / 10000 ))"
+        ))?;
+        println!("{name}: {said} µs");
+        Ok(())
+    };
+    let object = "org.plimsoll1 /org/plimsoll1";
+    each("busctl, Ping", &format!("busctl call {object} org.freedesktop.DBus.Peer Ping"))?;
+    each("busctl, Plan", &format!("busctl call {object} org.plimsoll1.Manager Plan st small 0"))?;
+    Ok(())
+}

@@ -1,0 +1,111 @@
+//! What becomes of a model after it was admitted.
+
+use crate::lab::{Config, Lab, PATIENCE};
+use anyhow::{Result, ensure};
+
+/// "Evicted models return when there is room"; "what a person stopped stays stopped".
+pub fn evicted_models_return(lab: &mut Lab) -> Result<()> {
+    lab.configure(&[
+        Config::new("rival-a", 8001).priority(40),
+        Config::new("rival-b", 8002).priority(70),
+        Config::new("small", 8003).priority(30),
+    ])?;
+    lab.serve("rival-a", 8001)?;
+    lab.serve("small", 8003)?;
+    lab.guest.ok("systemctl stop llm@small.service")?;
+    lab.serve("rival-b", 8002)?;
+    ensure!(lab.state("rival-a")? == "inactive", "rival-a was not evicted");
+    lab.guest.ok("systemctl stop llm@rival-b.service")?;
+    lab.guest.wait_until(
+        "the evicted model is back",
+        PATIENCE,
+        "systemctl is-active --quiet llm@rival-a.service",
+    )?;
+    lab.guest.completion(8001)?;
+    ensure!(lab.state("small")? == "inactive", "small was stopped by a person and came back");
+    ensure!(lab.state("rival-b")? == "inactive", "rival-b was stopped by a person and came back");
+    Ok(())
+}
+
+/// "A crash does restart, through the gate again."
+pub fn crash_restarts_through_the_gate(lab: &mut Lab) -> Result<()> {
+    lab.configure(&[Config::new("small", 8001)])?;
+    lab.serve("small", 8001)?;
+    let before = lab.main_pid("small")?;
+    let cursor = lab.guest.journal_cursor()?;
+    lab.guest.ok(&format!("kill -SEGV {before}"))?;
+    lab.guest.wait_for("it answers again", PATIENCE, |guest| {
+        let now = lab.property("small", "MainPID")?.parse::<u32>()?;
+        let active = lab.state("small")? == "active";
+        Ok((active && now != 0 && now != before && guest.completion(8001).is_ok()).then_some(()))
+    })?;
+    ensure!(lab.property("small", "NRestarts")? == "1", "{}", lab.unit_status("small")?);
+    let journal = lab.guest.journal_since(&cursor, "-u plimsolld.service")?;
+    ensure!(journal.contains("small"), "the restart did not pass the gate: {journal}");
+    Ok(())
+}
+
+/// "The context down to `context-min` (never without it)": a smaller context before an eviction.
+pub fn context_shrinks_before_eviction(lab: &mut Lab) -> Result<()> {
+    // A cache of about 17 KiB a token in f32 makes the large context too large for what is left.
+    let rival = Config::new("rival-a", 8001).priority(40);
+    let large = Config::new("crowd-0", 8002)
+        .priority(60)
+        .with("cache-type-k = \"f32\"\ncache-type-v = \"f32\"\ncontext-min = 1024");
+    lab.configure(&[rival, large.context(32768)])?;
+    lab.serve("rival-a", 8001)?;
+    let before = lab.main_pid("rival-a")?;
+    lab.serve("crowd-0", 8002)?;
+    ensure!(lab.main_pid("rival-a")? == before, "rival-a was stopped although a smaller context would do");
+    let model = lab.model("crowd-0")?;
+    ensure!(
+        (1024..32768).contains(&model.context) && model.context_configured == 32768,
+        "context {} of {}",
+        model.context,
+        model.context_configured
+    );
+    Ok(())
+}
+
+/// `plimsoll load` and `unload` go through systemd, wait for the outcome, and report a refusal with
+/// the exit code of the contract.
+pub fn load_and_unload(lab: &mut Lab) -> Result<()> {
+    lab.configure(&[Config::new("small", 8001), Config::new("impossible", 8002)])?;
+    lab.guest.ok("plimsoll load small")?;
+    lab.guest.completion(8001)?;
+    lab.guest.ok("plimsoll unload small")?;
+    ensure!(lab.state("small")? == "inactive", "{}", lab.unit_status("small")?);
+    let refused = lab.guest.run("plimsoll load impossible")?;
+    ensure!(refused.code == 75 && refused.stderr.contains("GiB"), "{}: {}", refused.code, refused.all());
+    let unknown = lab.guest.run("plimsoll load smal")?;
+    ensure!(unknown.code == 78 && unknown.stderr.contains("small"), "{}: {}", unknown.code, unknown.all());
+    Ok(())
+}
+
+/// "Any other [engine] as `command = […]` with a declared memory. `mode = \"observe\"`."
+pub fn other_engines_and_observing(lab: &mut Lab) -> Result<()> {
+    lab.configure(&[])?;
+    // An engine that serves a directory over HTTP is what a declared size is for; llama-server
+    // itself does as well, run by an absolute path.
+    let command = "command = [\"/usr/bin/llama-server\", \"-m\", \"/srv/models/small.gguf\", \"--port\", \"8001\", \
+                   \"-c\", \"1024\"]\nport = 8001\n";
+    let write = |name: &str, memory: &str| {
+        lab.guest.write(
+            &format!("/etc/plimsoll/models.d/{name}.toml"),
+            &format!("{command}memory = \"{memory}\"\n"),
+        )
+    };
+    write("declared", "400MiB")?;
+    write("boastful", "400GiB")?;
+    lab.guest.ok("systemctl daemon-reload && systemctl reload plimsolld")?;
+    lab.serve("declared", 8001)?;
+    lab.guest.ok("systemctl stop llm@declared.service")?;
+    lab.refused("boastful", 75, &["400"])?;
+    lab.guest.ok("plimsoll mode observe")?;
+    let observed = lab.serve("boastful", 8001);
+    lab.guest.ok("plimsoll mode enforce")?;
+    observed?;
+    let explained = lab.guest.ok("plimsoll explain boastful")?;
+    ensure!(!explained.is_empty(), "nothing is said of what would have been done");
+    Ok(())
+}
