@@ -14,7 +14,7 @@ pub const HOSTILE: &[&str] =
 /// 3, `hostile/` holds the single files.
 pub fn write_all(directory: &Path) -> Result<()> {
     let whole =
-        |name| Model { name, bytes: 120 * MB, kind: Kind::F16, shards: 4, context: 4096, sparse: true };
+        |name| Model { name, bytes: 120 * MB, kind: Kind::F16, shards: 4, context: 32768, sparse: true };
     whole("missing/model").write(directory)?;
     fs::remove_file(gguf::shard_path(&directory.join("missing/model"), 3, 4))?;
     whole("half/model").write(directory)?;
@@ -26,7 +26,7 @@ pub fn write_all(directory: &Path) -> Result<()> {
     fs::create_dir_all(&hostile)?;
     let put = |name: &str, bytes: &[u8]| fs::write(hostile.join(format!("{name}.gguf")), bytes);
     let good =
-        Model { name: "good", bytes: 20 * MB, kind: Kind::F16, shards: 1, context: 4096, sparse: true };
+        Model { name: "good", bytes: 20 * MB, kind: Kind::F16, shards: 1, context: 32768, sparse: true };
     let good = fs::read(good.write(&hostile)?)?;
     fs::remove_file(hostile.join("good.gguf"))?;
     put("truncated", &good[..1000])?;

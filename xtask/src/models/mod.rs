@@ -36,11 +36,11 @@ pub struct Model {
 }
 
 const fn dense(name: &'static str, bytes: u64, kind: Kind, shards: u16) -> Model {
-    Model { name, bytes, kind, shards, context: 4096, sparse: false }
+    Model { name, bytes, kind, shards, context: 32768, sparse: false }
 }
 
 const fn sparse(name: &'static str, bytes: u64) -> Model {
-    Model { name, bytes, kind: Kind::Q8_0, shards: 1, context: 4096, sparse: true }
+    Model { name, bytes, kind: Kind::Q8_0, shards: 1, context: 32768, sparse: true }
 }
 
 /// What lies in the guest's `/srv/models`. 8-bit blocks mostly: emulated processors are slow at 16-bit floats.
