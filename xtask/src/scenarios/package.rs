@@ -20,7 +20,7 @@ pub fn installs_in_good_order(lab: &mut Lab) -> Result<()> {
     guest.ok("setpriv --reuid=nobody --clear-groups plimsoll status")?;
     // Another user changes nothing without being asked for a password.
     let done = guest.run("setpriv --reuid=nobody --clear-groups busctl call org.plimsoll1 /org/plimsoll1 org.plimsoll1.Manager Reload")?;
-    ensure!(done.code != 0 && done.all().contains("authori"), "nobody may reload: {}", done.all());
+    ensure!(done.code != 0 && done.all().contains("authentication"), "nobody may reload: {}", done.all());
     Ok(())
 }
 
