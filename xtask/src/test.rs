@@ -15,9 +15,9 @@ pub struct TestOptions {
     /// Only what needs no virtual machine
     #[arg(long)]
     pub no_vm: bool,
-    /// Only what has this in its name (`fmt`, `clippy`, `unit`, or a scenario)
+    /// Only what has this in its name (`fmt`, `clippy`, `unit`, or a scenario); may be repeated
     #[arg(long, value_name = "PATTERN")]
-    pub only: Option<String>,
+    pub only: Vec<String>,
     /// Keep the virtual machine until Enter is pressed, and say how to log in
     #[arg(long)]
     pub keep: bool,
@@ -61,7 +61,8 @@ impl Report {
 /// Runs the tests; returns the exit code.
 pub fn test(options: &TestOptions) -> Result<u8> {
     let mut report = Report::default();
-    let wanted = |name: &str| options.only.as_deref().is_none_or(|pattern| name.contains(pattern));
+    let wanted =
+        |name: &str| options.only.is_empty() || options.only.iter().any(|pattern| name.contains(pattern));
     for (name, arguments) in [
         ("fmt", &["fmt", "--all", "--check"][..]),
         ("clippy", &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]),
