@@ -138,16 +138,20 @@ pub fn cache_directory() -> Result<PathBuf> {
     Ok(directory)
 }
 
-/// Removes what older recipes left in the cache: everything with the prefix but `keep`. A machine
-/// that still runs from it keeps its open files.
+/// Removes what older recipes left in the cache a week ago or earlier: everything with the prefix
+/// but `keep`.
 pub fn prune(cache: &Path, prefix: &str, keep: &Path) -> Result<()> {
+    const WEEK: std::time::Duration = std::time::Duration::from_secs(7 * 24 * 3600);
     for entry in std::fs::read_dir(cache)? {
         let path = entry?.path();
-        let old =
-            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)) && path != keep;
-        if old && path.is_dir() {
+        let age = std::fs::metadata(&path)?.modified()?.elapsed().unwrap_or_default();
+        let named = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix));
+        if !named || path == keep || age < WEEK {
+            continue;
+        }
+        if path.is_dir() {
             std::fs::remove_dir_all(&path)?;
-        } else if old {
+        } else {
             std::fs::remove_file(&path)?;
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::models::gguf::shard_path;
 use crate::vm::{Guest, guest::Output};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use plimsoll::daemon::report::{Decision, Model, Status};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -210,23 +210,30 @@ impl Lab {
         Ok(())
     }
 
-    /// Puts everything back for the next scenario: no model runs or is configured, the daemon is
+    /// Puts everything back for the next scenario: no model is configured or runs, the daemon is
     /// there, the cache is cold.
     pub fn clean(&self) -> Result<()> {
+        // The configuration goes first: a model that is owed a return must not come back when
+        // stopping the others makes room for it.
         self.guest.ok_within(
             "systemctl unmask --runtime --quiet plimsolld.service 2>/dev/null; \
-             systemctl disable --quiet 'llm@rival-a' 'llm@rival-b' 'llm@rival-c' 'llm@impossible' 2>/dev/null; \
-             systemctl stop 'llm@*.service'; systemctl reset-failed; \
-             rm -rf /etc/plimsoll/models.d/* /run/systemd/system.control/llm@* /etc/systemd/system/llm@*.service.d; \
-             chmod 0755 /srv/models/*/; rm -rf /srv/models/private; sync; echo 3 > /proc/sys/vm/drop_caches; \
+             systemctl disable --quiet llm@rival-a llm@rival-b llm@rival-c llm@impossible 2>/dev/null; \
+             rm -rf /etc/plimsoll/models.d/*; \
              systemctl daemon-reload; systemctl is-active --quiet plimsolld || systemctl restart plimsolld; \
              systemctl reload plimsolld",
             PATIENCE,
         )?;
-        let left = self.guest.ok("systemctl list-units --no-legend --plain 'llm@*.service'")?;
-        if !left.is_empty() {
-            bail!("still there after stopping all models: {left}");
-        }
+        self.guest.wait_until(
+            "all models are stopped",
+            PATIENCE,
+            "systemctl stop 'llm@*.service'; systemctl reset-failed; \
+             test -z \"$(systemctl list-units --no-legend --plain 'llm@*.service')\"",
+        )?;
+        self.guest.ok_within(
+            "rm -rf /run/systemd/system.control/llm@* /srv/models/private; chmod 0755 /srv/models/*/; \
+             systemctl daemon-reload; sync; echo 3 > /proc/sys/vm/drop_caches",
+            PATIENCE,
+        )?;
         Ok(())
     }
 }

@@ -41,7 +41,7 @@ echo plimsoll-guest > "$root/etc/hostname"
 printf '127.0.0.1 localhost plimsoll-guest\n::1 localhost\n' > "$root/etc/hosts"
 cat > "$root/etc/fstab" <<'EOT'
 /dev/vda / ext4 rw,relatime 0 1
-LABEL=models /srv/models ext4 nofail,x-systemd.device-timeout=20s 0 2
+LABEL=models /srv/models ext4 nofail,x-systemd.device-timeout=300s 0 2
 EOT
 mkdir -p "$root/srv/models" "$root/root/.ssh" "$root/var/log/journal"
 install -m 0600 "$KEYS/client.pub" "$root/root/.ssh/authorized_keys"
