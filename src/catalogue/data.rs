@@ -80,12 +80,16 @@ pub struct File {
     /// Other names to ask for.
     #[serde(default)]
     pub aliases: Vec<String>,
-    /// The mixture of types; the type of the same name where there is none.
+    /// The mixture of types; the type of the same name where there is none, and the rule of llama.cpp's
+    /// quantiser where it is `rule`.
     mix: Option<String>,
     /// The published size of all files together.
     pub size: Option<Size>,
     /// Where the size comes from.
     source: Option<String>,
+    /// The size is that of something near, or there is no such file.
+    #[serde(default)]
+    pub assumed: bool,
     /// What one should know of it, in a sentence.
     pub note: Option<String>,
 }
@@ -104,18 +108,27 @@ impl File {
         self.name.to_uppercase()
     }
 
-    /// A mixture of types without a published size is a guess.
-    pub(super) fn status(&self) -> Status {
-        if self.size.is_none() && self.mix.is_some() { Status::Assumed } else { Status::Published }
+    /// Whether its types follow the rule of llama.cpp's quantiser.
+    pub(super) fn by_rule(&self) -> bool {
+        self.mix.as_deref() == Some("rule")
     }
 
     /// Where its types and size come from.
     #[must_use]
     pub fn source(&self) -> String {
-        match (&self.source, &self.size) {
-            (Some(source), Some(size)) => format!("{source} ({})", size.text),
-            (Some(source), None) => source.clone(),
-            (None, _) => format!("every matrix in {}, as the name says", self.name),
+        let types = match &self.mix {
+            None => format!("every matrix in {}, as the name says", self.name),
+            Some(_) if self.by_rule() => {
+                "types by the rule of llama.cpp's quantiser for this name".to_owned()
+            }
+            Some(_) if self.size.is_some() => "types chosen by the size".to_owned(),
+            Some(_) => "experts in mxfp4, all else as the name says".to_owned(),
+        };
+        match (&self.size, &self.source) {
+            (Some(size), Some(source)) => format!("{types}; {} ({source})", size.text),
+            (Some(size), None) => format!("{types}; {}", size.text),
+            (None, Some(source)) => format!("{types}; {source}"),
+            (None, None) => types,
         }
     }
 }

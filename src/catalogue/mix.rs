@@ -70,6 +70,14 @@ impl Mix {
         }
     }
 
+    /// Whether the size of the file has to choose among types.
+    #[cfg(test)]
+    pub fn is_open(&self) -> bool {
+        let roles =
+            [Role::Embedding, Role::Output, Role::Attention, Role::Dense, Role::Shared, Role::Experts];
+        roles.iter().any(|role| self.of(*role).len() > 1)
+    }
+
     fn of(&self, role: Role) -> Vec<TensorType> {
         match role {
             Role::Float => vec![TensorType::F32],
@@ -118,7 +126,7 @@ pub fn size(tensor: &Blank, kind: TensorType) -> u64 {
 }
 
 /// The type that llama.cpp's quantiser takes instead where a row is no whole number of blocks.
-fn fallback(kind: TensorType, tensor: &Blank) -> TensorType {
+pub fn fallback(kind: TensorType, tensor: &Blank) -> TensorType {
     use TensorType as T;
     let fits = |t: TensorType| tensor.dims[0].is_multiple_of(t.block_elements());
     if fits(kind) {

@@ -7,6 +7,7 @@
 mod data;
 mod keys;
 mod mix;
+mod rules;
 mod tensors;
 
 use std::collections::BTreeMap;
@@ -22,8 +23,6 @@ use data::Data;
 
 /// Bytes of a header for each token of the vocabulary: its text, length, type and merge.
 const HEADER_PER_TOKEN: u64 = 40;
-/// No real file has this device.
-const DEVICE: u64 = u64::MAX;
 
 /// Why the catalogue has no answer. Each is one sentence.
 #[derive(Debug, thiserror::Error)]
@@ -94,15 +93,7 @@ pub fn find(name: &str) -> Result<Choice, CatalogueError> {
         Some((model, quantisation)) => (model, Some(quantisation.trim()).filter(|q| !q.is_empty())),
         None => (name, None),
     };
-    let entries = entries()?;
-    let wanted = plain(model.rsplit('/').next().unwrap_or(model));
-    let wanted = wanted.strip_suffix("gguf").unwrap_or(&wanted);
-    let names = |entry: &Entry| entry.names().any(|n| plain(n) == wanted);
-    let Some(entry) = entries.iter().find(|entry| names(entry)) else {
-        let all = entries.iter().flat_map(Entry::names);
-        let near = config::nearest(&model.to_lowercase(), all).map(str::to_owned);
-        return Err(CatalogueError::NoModel { name: model.to_owned(), near });
-    };
+    let entry = entry(model)?;
     let file = match quantisation {
         None => entry.files.first(),
         Some(wanted) => entry.files.iter().find(|file| file.is(wanted)),
@@ -121,6 +112,22 @@ pub fn find(name: &str) -> Result<Choice, CatalogueError> {
     }
 }
 
+/// Finds a model, whatever its name's case and punctuation.
+///
+/// # Errors
+/// There is none; says what is near.
+pub fn entry(name: &str) -> Result<&'static Entry, CatalogueError> {
+    let entries = entries()?;
+    let wanted = plain(name.rsplit('/').next().unwrap_or(name));
+    let wanted = wanted.strip_suffix("gguf").unwrap_or(&wanted);
+    let named = |entry: &&Entry| entry.names().any(|n| plain(n) == wanted);
+    entries.iter().find(named).ok_or_else(|| {
+        let all = entries.iter().flat_map(Entry::names);
+        let near = config::nearest(&name.to_lowercase(), all).map(str::to_owned);
+        CatalogueError::NoModel { name: name.to_owned(), near }
+    })
+}
+
 /// A name's letters and digits, in lower case.
 fn plain(name: &str) -> String {
     name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
@@ -133,10 +140,10 @@ impl Choice {
         format!("{}:{}", self.entry.name, self.file.name)
     }
 
-    /// Whether the model was never published, or the file's types are guessed without a published size.
+    /// Whether the model or the file was never published, or its size is that of something near.
     #[must_use]
     pub fn is_assumed(&self) -> bool {
-        self.entry.status == Status::Assumed || self.file.status() == Status::Assumed
+        self.entry.status == Status::Assumed || self.file.assumed
     }
 
     /// Where the figures come from, one sentence each.
@@ -166,8 +173,12 @@ impl Choice {
         let vocabulary = keys.get("vocab_size").unwrap_or(0);
         let data_offset = vocabulary.saturating_mul(HEADER_PER_TOKEN).next_multiple_of(32);
         let target = file.size.as_ref().map(|size| size.bytes.saturating_sub(data_offset));
-        let mix = data()?.mix(file).map_err(wrong)?;
-        let types = mix.types(&tensors, target);
+        let types = if file.by_rule() {
+            rules::types(&file.name, &entry.architecture, &keys, entry.tied, &tensors)
+                .ok_or_else(|| wrong("there is no rule for it".to_owned()))?
+        } else {
+            data()?.mix(file).map_err(wrong)?.types(&tensors, target)
+        };
         let mut offset = 0_u64;
         let tensors: Vec<Tensor> = tensors
             .into_iter()
@@ -189,16 +200,9 @@ impl Choice {
             metadata.insert(key.to_owned(), Value::Text(value));
         }
         let header = Header { version: 3, metadata, tensors, data_offset, alignment: 32 };
-        let size = header.file_length();
-        let identity = Identity { device: DEVICE, inode: fingerprint(&self.name()), size, modified_ns: 0 };
+        let identity = Identity::of_name(&self.name(), header.file_length());
         Ok(Model::from_headers(vec![(PathBuf::from(self.name()), identity, header)])?)
     }
-}
-
-/// A number of a name that is the same in every run: FNV-1a.
-fn fingerprint(name: &str) -> u64 {
-    name.bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 #[cfg(test)]

@@ -45,3 +45,27 @@ fn names_are_forgiving_and_near_misses_are_suggested() {
     assert!(find("").is_err());
     assert!(find(":").is_err());
 }
+
+#[test]
+fn mixtures_that_are_open_have_a_size_to_choose_by() {
+    for file in entries().unwrap().iter().flat_map(|entry| &entry.files).filter(|file| !file.by_rule()) {
+        let open = data().unwrap().mix(file).unwrap().is_open();
+        assert!(!open || file.size.is_some(), "{}", file.name);
+    }
+}
+
+#[test]
+fn rules_of_the_quantiser_give_the_sizes_that_its_users_published() {
+    // As their publishers list them, in units of ten millions of bytes.
+    for (name, published) in [
+        ("gemma-2-27b:q4_k_m", 1665),
+        ("qwen2.5-32b:q4_k_m", 1985),
+        ("glm-4.7-flash:q4_k_m", 1847),
+        ("mistral-large-2:q2_k", 4520),
+        ("mistral-large-2:q3_k_m", 5910),
+        ("mistral-large-2:q4_k_m", 7322),
+    ] {
+        let ours = find(name).unwrap().model().unwrap().file_bytes() / 10_000_000;
+        assert!(ours.abs_diff(published) <= 2, "{name}: {ours}");
+    }
+}

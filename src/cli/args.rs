@@ -92,6 +92,7 @@ pub enum Verb {
     Validate(Validate),
     Run(Run),
     WaitReady(WaitReady),
+    Catalogue(Catalogue),
     Completions(Completions),
 }
 
@@ -103,12 +104,19 @@ pub enum Verb {
 #[command(after_help = "\
 Examples:
   plimsoll fit model-00001-of-00004.gguf -c 4096 -c 16384 --ram 128GiB --gpu 120GiB
+  plimsoll fit deepseek-v3.1:tq1_0 -c 16384 --ram 128GiB
+  plimsoll fit https://example.org/model-Q8_0.gguf
+  plimsoll fit --set nemo-12b,qwen3-coder-30b,starcoder2-15b -c 32768
   plimsoll fit deepseek --max-context
   plimsoll fit -- llama-server -m model.gguf -c 16384 -ngl 999 -ctk q8_0 -np 4")]
 pub struct Fit {
-    /// A configured model, or a GGUF file (of a split model, its first)
-    #[arg(value_name = "MODEL|FILE", value_hint = ValueHint::FilePath)]
+    /// A configured model, a GGUF file or its address (of a split model, the first), or one of the catalogue:
+    /// NAME:QUANTISATION
+    #[arg(value_name = "MODEL|FILE|URL", value_hint = ValueHint::FilePath)]
     pub model: Option<String>,
+    /// Several models that run at once, each named as MODEL is; one that is there twice is two instances
+    #[arg(long, value_name = "MODEL,MODEL...", value_delimiter = ',', conflicts_with_all = ["model", "max_context"])]
+    pub set: Vec<String>,
     /// Context length in tokens, all slots together; may be repeated
     #[arg(short = 'c', long = "context", visible_alias = "ctx-size", value_name = "TOKENS", value_parser = tokens)]
     pub contexts: Vec<u64>,
@@ -307,6 +315,20 @@ pub struct WaitReady {
     pub instance: String,
     #[command(flatten)]
     pub root: Root,
+}
+
+/// List the models whose size is known before they are downloaded
+///
+/// Public hyperparameters and published sizes, with the source of each. 'plimsoll fit NAME:QUANTISATION' prices one.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  plimsoll catalogue\n  plimsoll catalogue deepseek-v3.1")]
+pub struct Catalogue {
+    /// One model in full
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Print the completion script for a shell

@@ -1,5 +1,6 @@
 //! How a command ends when it does not end well: one sentence, a hint, an exit code.
 
+use super::remote::RemoteError;
 use crate::dbus::{CallError, Kind};
 
 /// Exit codes, as systemd names them.
@@ -73,6 +74,15 @@ impl Failure {
     pub fn from_output(error: &std::io::Error) -> Option<Self> {
         (error.kind() != std::io::ErrorKind::BrokenPipe)
             .then(|| Self::failed(format!("can't write to standard output: {error}")))
+    }
+}
+
+impl From<RemoteError> for Failure {
+    fn from(error: RemoteError) -> Self {
+        match error {
+            RemoteError::Address(_) | RemoteError::NotFirst(_) => Self::usage(error.to_string()),
+            _ => Self::failed(error.to_string()),
+        }
     }
 }
 

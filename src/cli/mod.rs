@@ -5,6 +5,7 @@
 
 mod agent;
 mod args;
+mod catalogue;
 mod completions;
 mod failure;
 mod files;
@@ -15,6 +16,7 @@ mod inquiry;
 mod load;
 mod output;
 mod process;
+mod remote;
 mod run;
 mod status;
 mod validate;
@@ -94,6 +96,7 @@ fn dispatch(cli: Cli) -> Result<Exit, Failure> {
         Verb::WaitReady(args) => return wait_ready::wait_ready(&args),
         Verb::Run(args) => return run::run(common, &args),
         Verb::Fit(args) => fit::fit(&args),
+        Verb::Catalogue(args) => catalogue::catalogue(&args),
         Verb::Completions(args) => completions::print(args.shell),
     };
     done.map(|()| Exit::Done)

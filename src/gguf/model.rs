@@ -33,6 +33,17 @@ impl Identity {
         Ok(Self::from_metadata(&file.metadata()?))
     }
 
+    /// The identity of something that is no file here (an address, an entry of a catalogue): the same for the same
+    /// name, and none that a file has.
+    #[must_use]
+    pub fn of_name(name: &str, size: u64) -> Self {
+        // FNV-1a.
+        let inode = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        Self { device: u64::MAX, inode, size, modified_ns: 0 }
+    }
+
     /// The identity from what the system says about a file.
     #[must_use]
     pub fn from_metadata(meta: &std::fs::Metadata) -> Self {

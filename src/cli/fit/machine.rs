@@ -2,7 +2,6 @@
 
 use serde_json::{Value, json};
 
-use super::subject::Subject;
 use crate::bytes::Bytes;
 use crate::cli::args::{Fit, SizeOrNone};
 use crate::cli::failure::Failure;
@@ -28,7 +27,7 @@ pub struct Target {
 
 impl Target {
     /// The machine that the command line means.
-    pub fn find(args: &Fit, subject: &Subject) -> Result<Self, Failure> {
+    pub fn find(args: &Fit, reserve: Reserve) -> Result<Self, Failure> {
         let described = args.ram.is_some() || args.gpu.is_some() || args.swap.is_some();
         let mut machine = Machine::default();
         let mut held = PerPool::default();
@@ -51,7 +50,7 @@ impl Target {
             machine.memory.swap_total = swap;
             machine.memory.swap_free = swap;
         }
-        let reserve = match subject.reserve {
+        let reserve = match reserve {
             Reserve::Size(size) if args.ram.is_none() => size,
             _ => auto_reserve(&machine.memory),
         };
@@ -60,9 +59,9 @@ impl Target {
     }
 
     /// This machine.
-    pub fn here(subject: &Subject) -> Result<Self, Failure> {
+    pub fn here(reserve: Reserve) -> Result<Self, Failure> {
         let (machine, held) = this_machine()?;
-        let reserve = match subject.reserve {
+        let reserve = match reserve {
             Reserve::Size(size) => size,
             Reserve::Auto => auto_reserve(&machine.memory),
         };

@@ -3,13 +3,14 @@
 mod machine;
 mod quotes;
 mod report;
+mod set;
 mod settings;
 mod subject;
 
 use crate::bytes::Bytes;
 use crate::config::Oversize;
 use crate::fit::{self, Budget, Devices, Estimate, Facts, FitError, LoadMode, Settings};
-use crate::ledger::FileId;
+use crate::ledger::{FileId, Footprint};
 use crate::policy::Verdict;
 use crate::policy::verdict::{Judgement, footprint, judge, unified};
 
@@ -30,6 +31,7 @@ const STEP: u64 = 256;
 struct Line {
     estimate: Estimate,
     judgement: Judgement,
+    footprint: Footprint,
     /// Of how many layers the experts stay on the host, in the placement that was priced.
     cpu_moe: u32,
     /// Where it does not fit: what would come of mapping the weights, if it would then stream.
@@ -37,8 +39,11 @@ struct Line {
 }
 
 pub(super) fn fit(args: &Fit) -> Result<(), Failure> {
+    if !args.set.is_empty() {
+        return set::fit(args);
+    }
     let subject = Subject::find(args)?;
-    let target = Target::find(args, &subject)?;
+    let target = Target::find(args, subject.reserve)?;
     let pricer = Pricer::new(&subject, &target)?;
     let lines = if args.max_context {
         vec![pricer.largest()?]
@@ -126,7 +131,7 @@ impl<'a> Pricer<'a> {
             .collect();
         let footprint = footprint(&estimate, &self.files, &gpus);
         let judgement = judge(&footprint, estimate.known, &self.target.machine, &self.target.room);
-        Ok(Line { estimate, judgement, cpu_moe: placement.cpu_moe, mapped: None })
+        Ok(Line { estimate, judgement, footprint, cpu_moe: placement.cpu_moe, mapped: None })
     }
 
     /// The largest context, in steps of 256 tokens and at most what the model was trained on, that

@@ -26,7 +26,7 @@ impl From<Failure> for Error {
 }
 
 fn quote(subject: &Subject, asked: &[u64]) -> Result<String, Failure> {
-    let target = Target::here(subject)?;
+    let target = Target::here(subject.reserve)?;
     let pricer = Pricer::new(subject, &target)?;
     let contexts = contexts(asked, subject, pricer.facts.context_train);
     let lines = contexts.into_iter().map(|context| pricer.price(context)).collect::<Result<Vec<_>, _>>()?;

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use super::machine::Target;
-use super::subject::Subject;
+use super::subject::{Provenance, Subject};
 use super::{Line, settings};
 use crate::bytes::{Bytes, MIB};
 use crate::cli::output::{Align, Painter, Style, Table, gib, wrap};
@@ -15,7 +15,7 @@ use crate::ledger::Pool;
 use crate::policy::Verdict;
 
 /// The verdict in the word that JSON has for it.
-fn word(verdict: Verdict) -> &'static str {
+pub fn word(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Fits => "fits",
         Verdict::FitsAfter => "fits-after",
@@ -28,16 +28,8 @@ fn word(verdict: Verdict) -> &'static str {
 
 /// The object that `--json` prints.
 pub fn json(subject: &Subject, target: &Target, lines: &[Line]) -> Value {
-    let model = &subject.model;
     json!({
-        "model": {
-            "name": model.name().unwrap_or(&subject.name),
-            "architecture": model.architecture(),
-            "files": model.shards().iter().map(|shard| shard.path.to_string_lossy()).collect::<Vec<_>>(),
-            "parameters": model.parameters(),
-            "file_bytes": model.file_bytes(),
-            "context_train": model.context_train(),
-        },
+        "model": model_json(subject),
         "settings": settings::json(subject),
         "engine": ENGINE_VERSION,
         "machine": target.json(),
@@ -45,7 +37,28 @@ pub fn json(subject: &Subject, target: &Target, lines: &[Line]) -> Value {
     })
 }
 
-fn estimate(line: &Line) -> Value {
+/// The model, and where its description comes from.
+pub fn model_json(subject: &Subject) -> Value {
+    let model = &subject.model;
+    let (source, assumed, notes) = match &subject.provenance {
+        Provenance::File => ("file", false, &[][..]),
+        Provenance::Address => ("address", false, &[][..]),
+        Provenance::Catalogue { assumed, notes } => ("catalogue", *assumed, &notes[..]),
+    };
+    json!({
+        "name": model.name().unwrap_or(&subject.name),
+        "architecture": model.architecture(),
+        "files": model.shards().iter().map(|shard| shard.path.to_string_lossy()).collect::<Vec<_>>(),
+        "parameters": model.parameters(),
+        "file_bytes": model.file_bytes(),
+        "context_train": model.context_train(),
+        "source": source,
+        "assumed": assumed,
+        "provenance": notes,
+    })
+}
+
+pub fn estimate(line: &Line) -> Value {
     let mut value = serde_json::to_value(&line.estimate).unwrap_or_default();
     if let Value::Object(object) = &mut value {
         // Neither the daemon's concern nor stable: indices of files and devices.
@@ -103,6 +116,13 @@ fn heading(subject: &Subject, target: &Target, painter: Painter) -> String {
             model.context_train()
         ),
     );
+    match &subject.provenance {
+        Provenance::File => {}
+        Provenance::Address => line("from", "an address: only the headers were read"),
+        Provenance::Catalogue { notes, .. } => notes.iter().enumerate().for_each(|(n, note)| {
+            line(if n == 0 { "from" } else { "" }, note.strip_prefix("from ").unwrap_or(note));
+        }),
+    }
     let changed = settings::changed(subject);
     if !changed.is_empty() {
         line("settings", &changed.join(" "));
@@ -115,7 +135,7 @@ fn heading(subject: &Subject, target: &Target, painter: Painter) -> String {
 }
 
 /// Names come out of files: no control characters, and not longer than a line.
-fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(70).collect()
 }
 

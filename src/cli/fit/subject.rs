@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use crate::catalogue::{self, Choice};
 use crate::cli::args::Fit;
 use crate::cli::failure::{Exit, Failure};
+use crate::cli::remote;
 use crate::config::{self, Oversize, Reserve};
 use crate::engine;
 use crate::fit::args::{self, Origin, Parsed};
@@ -31,6 +33,25 @@ pub struct Subject {
     pub oversize: Oversize,
     /// The configured reserve.
     pub reserve: Reserve,
+    /// Where its description comes from.
+    pub provenance: Provenance,
+}
+
+/// Where a model's description comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Provenance {
+    /// Files of this machine.
+    #[default]
+    File,
+    /// Headers of files on a server.
+    Address,
+    /// The catalogue.
+    Catalogue {
+        /// There is no such model or file: the figures are those of something near.
+        assumed: bool,
+        /// Sources and what else one should know, one sentence each.
+        notes: Vec<String>,
+    },
 }
 
 impl Subject {
@@ -38,12 +59,7 @@ impl Subject {
     pub fn find(args: &Fit) -> Result<Self, Failure> {
         let (variables, arguments) = assignments(&args.arguments);
         match &args.model {
-            Some(name) if name.contains("://") => {
-                Err(Failure::usage(format!("{name} is not on this machine"))
-                    .hint("download it first: 'plimsoll fit' reads files"))
-            }
-            Some(name) if is_path(name) => Self::from_file(Path::new(name), arguments, variables),
-            Some(name) => Self::from_configuration(&args.root.root, name, arguments, &variables),
+            Some(name) => Self::named(name, &args.root.root, arguments, &variables),
             None if arguments.is_empty() => Err(Failure::usage("which model?").hint(
                 "plimsoll fit MODEL, plimsoll fit FILE.gguf, or plimsoll fit -- llama-server -m FILE.gguf",
             )),
@@ -55,8 +71,8 @@ impl Subject {
                         Self::from_parsed(&file, parsed)
                     }
                     (None, Some(download)) => {
-                        Err(Failure::usage(format!("{download} is not on this machine"))
-                            .hint("download it first: 'plimsoll fit' reads files"))
+                        let download = download.clone();
+                        Self::from_download(&download, parsed)
                     }
                     (None, None) => Err(Failure::usage("the command line names no model")
                         .hint("add '-m FILE.gguf' to it, or name the model before '--'")),
@@ -81,12 +97,69 @@ impl Subject {
         Ok(Self::of(name, model, parsed, Reserve::default()))
     }
 
+    /// The model with a name: an address, one of the catalogue, a file, or one of the configuration.
+    pub fn named(
+        name: &str,
+        root: &Path,
+        arguments: &[String],
+        variables: &BTreeMap<String, String>,
+    ) -> Result<Self, Failure> {
+        if name.contains("://") || is_catalogued(name) {
+            let parsed = parse(arguments, variables)?;
+            if let Some(other) = &parsed.model {
+                return Err(Failure::usage(format!("which model: {name} or {}?", other.display())));
+            }
+            return if name.contains("://") {
+                Self::from_address(name, parsed)
+            } else {
+                Self::from_catalogue(catalogue::find(name)?, parsed)
+            };
+        }
+        if is_path(name) {
+            return Self::from_file(Path::new(name), arguments, variables);
+        }
+        // A model of the catalogue needs no colon where the configuration has none of that name.
+        if let Ok(choice) = catalogue::find(name)
+            && config::load(root).instance(name).is_err()
+        {
+            return Self::from_catalogue(choice, parse(arguments, variables)?);
+        }
+        Self::from_configuration(root, name, arguments, variables)
+    }
+
+    fn from_address(address: &str, parsed: Parsed) -> Result<Self, Failure> {
+        let model = remote::open(address)?;
+        let end = address.find(['?', '#']).unwrap_or(address.len());
+        let name = address[..end].rsplit('/').next().unwrap_or(address).to_owned();
+        Ok(Self { provenance: Provenance::Address, ..Self::of(name, model, parsed, reserve(Path::new("/"))) })
+    }
+
+    fn from_catalogue(choice: Choice, parsed: Parsed) -> Result<Self, Failure> {
+        let model = choice.model()?;
+        let provenance = Provenance::Catalogue { assumed: choice.is_assumed(), notes: choice.provenance() };
+        Ok(Self { provenance, ..Self::of(choice.name(), model, parsed, reserve(Path::new("/"))) })
+    }
+
+    /// What the engine would download: an address, or a repository whose model the catalogue has.
+    fn from_download(download: &str, parsed: Parsed) -> Result<Self, Failure> {
+        if download.contains("://") {
+            return Self::from_address(download, parsed);
+        }
+        match catalogue::find(download) {
+            Ok(choice) => Self::from_catalogue(choice, parsed),
+            Err(_) => {
+                Err(Failure::usage(format!("{download} is neither on this machine nor in the catalogue"))
+                    .hint("give the address of its file: plimsoll fit https://.../NAME.gguf"))
+            }
+        }
+    }
+
     fn from_file(
         file: &Path,
         arguments: &[String],
-        variables: BTreeMap<String, String>,
+        variables: &BTreeMap<String, String>,
     ) -> Result<Self, Failure> {
-        let parsed = parse(arguments, &variables)?;
+        let parsed = parse(arguments, variables)?;
         if let Some(other) = parsed.model.as_ref().filter(|other| *other != file) {
             return Err(Failure::usage(format!("which model: {} or {}?", file.display(), other.display())));
         }
@@ -112,6 +185,7 @@ impl Subject {
             configured: false,
             oversize: Oversize::default(),
             reserve,
+            provenance: Provenance::File,
         }
     }
 
@@ -123,7 +197,8 @@ impl Subject {
     ) -> Result<Self, Failure> {
         let loaded = config::load(root);
         let (_, model) = loaded.instance(name).map_err(|error| {
-            Failure::config(error.to_string()).hint(format!("a file is meant? write ./{name}"))
+            Failure::config(error.to_string())
+                .hint(format!("a file is meant? write ./{name}; 'plimsoll catalogue' lists others"))
         })?;
         let wrong = |error: engine::Error| Failure::config(error.to_string());
         let Some(file) = model.model.as_ref().filter(|_| model.command.is_none()) else {
@@ -150,6 +225,7 @@ impl Subject {
             configured: true,
             oversize: model.oversize,
             reserve: loaded.settings.map(|settings| settings.reserve).unwrap_or_default(),
+            provenance: Provenance::File,
         })
     }
 
@@ -163,6 +239,14 @@ impl Subject {
 /// The reserve that `plimsoll.toml` sets.
 fn reserve(root: &Path) -> Reserve {
     config::load(root).settings.map(|settings| settings.reserve).unwrap_or_default()
+}
+
+/// `MODEL:QUANTISATION` of the catalogue, also as llama-server's `-hf` writes it (`owner/MODEL-GGUF:QUANTISATION`).
+fn is_catalogued(name: &str) -> bool {
+    name.contains(':')
+        && !name.ends_with(".gguf")
+        && !name.starts_with(['.', '/'])
+        && !Path::new(name).exists()
 }
 
 /// A file rather than a name: it has a slash, ends as model files do, or is there.
@@ -192,7 +276,7 @@ fn parse(arguments: &[String], variables: &BTreeMap<String, String>) -> Result<P
 }
 
 /// Assignments that stand before a pasted command, and the rest of it.
-fn assignments(words: &[String]) -> (BTreeMap<String, String>, &[String]) {
+pub fn assignments(words: &[String]) -> (BTreeMap<String, String>, &[String]) {
     let assignment = |word: &String| {
         let (name, value) = word.split_once('=')?;
         let sound = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
@@ -234,7 +318,9 @@ mod tests {
             Subject::find(&fit).unwrap_err()
         };
         assert_eq!(fit(&[]).exit, Exit::Usage);
-        assert!(fit(&["https://example.org/x.gguf"]).message.contains("not on this machine"));
+        assert!(fit(&["ftp://example.org/x.gguf"]).message.contains("no address of a model file"));
+        assert!(fit(&["deepsek-v3.1:tq1_0"]).message.contains("did you mean deepseek-v3.1"));
+        assert!(fit(&["--", "llama-server", "-hf", "a/b"]).message.contains("neither on this machine"));
         assert!(fit(&["--", "llama-server", "-c", "4096"]).message.contains("names no model"));
         assert_eq!(fit(&["/nowhere/x.gguf"]).exit, Exit::Failed);
         assert!(fit(&["/a.gguf", "--", "-m", "/b.gguf"]).message.contains("which model"));
