@@ -8,7 +8,7 @@ use crate::bytes::Bytes;
 use crate::config::{Instance, ModelName, NameError};
 use crate::ledger::{Gpu, Machine};
 use crate::policy::core::Effect;
-use crate::policy::{ActionId, Mode, Outcome, Peers, Refusal, Request};
+use crate::policy::{ActionId, Mode, Outcome, Peers, Refusal, Request, Rung};
 
 /// Where the outcome of an effect goes, from whatever task or thread it ends in.
 pub type Outcomes = Box<dyn Fn(ActionId, Outcome) + Send>;
@@ -68,11 +68,11 @@ pub trait Catalog: Send + Sync {
     /// A sentence on what is wrong with the model, its files or the wish.
     fn request(&self, wish: &Wish, gpus: &[Gpu]) -> Result<Request, CatalogError>;
 
-    /// What to execute for an instance that was admitted at `context` (tokens) for `wish`.
+    /// What to execute for an instance that was admitted at `rung` for `wish`.
     ///
     /// # Errors
     /// A sentence on what is wrong with the engine's configuration.
-    fn launch(&self, wish: &Wish, context: u64, gpus: &[Gpu]) -> Result<Launch, CatalogError>;
+    fn launch(&self, wish: &Wish, rung: &Rung, gpus: &[Gpu]) -> Result<Launch, CatalogError>;
 }
 
 /// What the configuration says to the decisions.

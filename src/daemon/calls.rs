@@ -303,8 +303,11 @@ impl Daemon {
         }
         let catalog = Arc::clone(&self.parts.catalog);
         let gpus = self.machine.gpus.clone();
+        let holder = self.core.holders().get(&instance);
+        let footprint = holder.map(|holder| holder.predicted.clone()).unwrap_or_default();
+        let rung = Rung { context, footprint };
         tokio::spawn(async move {
-            let launch = tokio::task::spawn_blocking(move || catalog.launch(&wish, context, &gpus)).await;
+            let launch = tokio::task::spawn_blocking(move || catalog.launch(&wish, &rung, &gpus)).await;
             let _ = reply.send(match launch {
                 Ok(launch) => launch.map_err(Fault::Catalog),
                 Err(error) => Err(Fault::Failed(format!("the daemon has a fault: {error}"))),

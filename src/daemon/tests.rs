@@ -89,9 +89,12 @@ impl Catalog for Fake {
         })
     }
 
-    fn launch(&self, wish: &Wish, context: u64, _: &[Gpu]) -> Result<Launch, CatalogError> {
+    fn launch(&self, wish: &Wish, rung: &Rung, _: &[Gpu]) -> Result<Launch, CatalogError> {
         let name = wish.instance.as_ref().unwrap().to_string();
-        Ok(Launch { argv: vec!["/engine".into(), name, context.to_string()], environment: BTreeMap::new() })
+        Ok(Launch {
+            argv: vec!["/engine".into(), name, rung.context.to_string()],
+            environment: BTreeMap::new(),
+        })
     }
 }
 
@@ -145,11 +148,13 @@ fn bench<F: Future<Output = ()>>(units: &[(&str, UnitState)], test: impl FnOnce(
 #[test]
 fn what_is_promised_is_saved_before_it_is_answered() {
     bench(&[("a", UnitState::Activating)], |bench| async move {
-        let launch = bench.handle.admit(asker("a"), Vec::new(), BTreeMap::new()).await.unwrap();
+        let launch =
+            bench.handle.admit(asker("a"), Vec::new(), BTreeMap::new(), BTreeMap::new()).await.unwrap();
         assert_eq!(launch.argv, ["/engine", "a", "4096"]);
         assert_eq!(*bench.fake.log.lock().unwrap(), ["limit a", "save a"]);
         // Asked again within one start, it is answered alike and nothing is done.
-        let again = bench.handle.admit(asker("a"), Vec::new(), BTreeMap::new()).await.unwrap();
+        let again =
+            bench.handle.admit(asker("a"), Vec::new(), BTreeMap::new(), BTreeMap::new()).await.unwrap();
         assert_eq!(again, launch);
         assert_eq!(bench.fake.log.lock().unwrap().len(), 2);
         bench.inputs.send(Input::Terminate).unwrap();
@@ -160,9 +165,17 @@ fn what_is_promised_is_saved_before_it_is_answered() {
 #[test]
 fn refusals_and_mistakes_come_back_as_what_they_are() {
     bench(&[("vast", UnitState::Activating), ("gone", UnitState::Activating)], |mut bench| async move {
-        let refused = bench.handle.admit(asker("vast"), Vec::new(), BTreeMap::new()).await.unwrap_err();
+        let refused = bench
+            .handle
+            .admit(asker("vast"), Vec::new(), BTreeMap::new(), BTreeMap::new())
+            .await
+            .unwrap_err();
         assert!(matches!(refused, Fault::Refused(_)), "{refused}");
-        let unknown = bench.handle.admit(asker("gone"), Vec::new(), BTreeMap::new()).await.unwrap_err();
+        let unknown = bench
+            .handle
+            .admit(asker("gone"), Vec::new(), BTreeMap::new(), BTreeMap::new())
+            .await
+            .unwrap_err();
         assert_eq!(unknown, Fault::Catalog(CatalogError::NotFound("no gone".into())));
         assert!(bench.handle.prepare_load("nothing".into(), None, Vec::new(), false).await.is_err());
         let decision = bench.handle.explain("vast".into()).await.unwrap().unwrap();
@@ -175,7 +188,8 @@ fn refusals_and_mistakes_come_back_as_what_they_are() {
 fn a_call_whose_unit_is_gone_does_not_wait_for_ever() {
     bench(&[("b", UnitState::Activating)], |bench| async move {
         bench.fake.machine.lock().unwrap().units.clear();
-        let lost = bench.handle.admit(asker("b"), Vec::new(), BTreeMap::new()).await.unwrap_err();
+        let lost =
+            bench.handle.admit(asker("b"), Vec::new(), BTreeMap::new(), BTreeMap::new()).await.unwrap_err();
         assert!(matches!(lost, Fault::Busy(_)), "{lost}");
     });
 }

@@ -10,7 +10,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::ledger::{Gpu, Machine};
 use crate::policy::core::Effect;
-use crate::policy::{ActionId, Event, Refusal, Request};
+use crate::policy::{ActionId, Event, Refusal, Request, Rung};
 use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Outcomes, Ports, Wish};
 
 /// [`Ports`] over a [`World`].
@@ -175,7 +175,7 @@ impl Catalog for SimCatalog {
         Ok(request)
     }
 
-    fn launch(&self, _wish: &Wish, _context: u64, _gpus: &[Gpu]) -> Result<Launch, CatalogError> {
+    fn launch(&self, _wish: &Wish, _rung: &Rung, _gpus: &[Gpu]) -> Result<Launch, CatalogError> {
         Err(CatalogError::Config("a simulated model has no process to execute".to_owned()))
     }
 }

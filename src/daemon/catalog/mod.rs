@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use engines::{Engines, Seen};
 use files::{Headers, Known};
 use ladder::{Asked, contexts};
+use price::Priced;
 use sources::Sources;
 
 use crate::bytes::Bytes;
@@ -228,13 +229,21 @@ impl Catalog for RealCatalog {
         };
         let gpus = &self.seen_by_engine(&subject, wish, gpus)?.gpus[..];
         let files = known.files();
-        let price = |context: u64| {
-            let (settings, estimate) = price::choose(facts, &effective, context, gpus)?;
-            let footprint = price::charge(&estimate, &files, &settings, gpus, beside);
-            Ok(Rung { context, footprint })
+        let rung = |context: u64, (settings, estimate): &Priced| {
+            let footprint = price::charge(estimate, &files, settings, gpus, beside);
+            Rung { context, footprint }
         };
+        let price = |context: u64| Ok(rung(context, &price::needed(facts, &effective, context, gpus)?));
         let contexts = contexts(asked(model, &effective, wish, facts));
-        let ladder: Result<Vec<Rung>, FitError> = contexts.allowed.into_iter().map(price).collect();
+        let ladder = || {
+            // The wanted context comes twice: with what is nice to have, and without.
+            let wanted = contexts.allowed.first().copied().unwrap_or_default();
+            let needed = price::needed(facts, &effective, wanted, gpus)?;
+            let spacious = price::spacious(facts, &effective, &needed, gpus)?;
+            let ladder = spacious.map(|spacious| Ok(rung(wanted, &spacious)));
+            ladder.into_iter().chain(contexts.allowed.iter().copied().map(price)).collect()
+        };
+        let ladder: Result<Vec<Rung>, FitError> = ladder();
         match ladder {
             Ok(ladder) => request.ladder = ladder,
             Err(FitError::Unknown(why)) => {
@@ -247,17 +256,26 @@ impl Catalog for RealCatalog {
         Ok(request)
     }
 
-    fn launch(&self, wish: &Wish, context: u64, gpus: &[Gpu]) -> Result<Launch, CatalogError> {
+    fn launch(&self, wish: &Wish, rung: &Rung, gpus: &[Gpu]) -> Result<Launch, CatalogError> {
         let subject = self.subject(wish)?;
         let model = subject.model()?;
         let launch = if model.command.is_some() {
             engine::Launch::command(model, &subject.instance).map_err(config_error)?
         } else {
-            let (effective, known, _) = self.opened(model, wish)?;
+            let (effective, known, beside) = self.opened(model, wish)?;
             let seen = self.seen_by_engine(&subject, wish, gpus)?;
+            let gpus = &seen.gpus[..];
             let settings = match facts(&known)? {
-                Ok(facts) if context > 0 => {
-                    price::choose(facts, &effective, context, &seen.gpus).map_err(config_error)?.0
+                Ok(facts) if rung.context > 0 => {
+                    let needed =
+                        price::needed(facts, &effective, rung.context, gpus).map_err(config_error)?;
+                    let spacious = price::spacious(facts, &effective, &needed, gpus).map_err(config_error)?;
+                    let files = known.files();
+                    // What was admitted is told by what was promised.
+                    let admitted = |(settings, estimate): &Priced| {
+                        price::charge(estimate, &files, settings, gpus, beside) == rung.footprint
+                    };
+                    spacious.filter(admitted).unwrap_or(needed).0
                 }
                 // Its size is unknown or declared: the engine gets what is configured, as it is.
                 _ => effective.settings.clone(),

@@ -6,8 +6,7 @@ use crate::ledger::{FileId, Footprint, Gpu, GpuKind};
 use crate::policy::verdict::footprint;
 
 /// What an automatic prompt cache and automatic context checkpoints may take together, as a share
-/// of everything else that the model takes. It is counted, so it is small; llama-server's own
-/// default of 8 GiB whatever the model would refuse models that fit.
+/// of everything else that the model takes: from what is left over, but not all of it.
 const SHARE: u64 = 16;
 /// llama-server's own default, which an automatic cache never exceeds; MiB.
 const MOST_CACHE_MIB: u64 = 8192;
@@ -26,17 +25,20 @@ pub(super) fn devices(gpus: &[Gpu]) -> Devices {
     Devices { list: gpus.iter().enumerate().map(device).collect() }
 }
 
-/// The settings to run with at `context`, and what they take.
+/// Settings and what they take.
+pub(super) type Priced = (Settings, Estimate);
+
+/// The settings to run with at `context`, and what they take; without anything that is only wanted
+/// where there is room to spare.
 ///
 /// Layers on the GPU are chosen by the sizes of its memory, not by what is free of it just now:
 /// making room is what the decisions are for.
-pub(super) fn choose(
+pub(super) fn needed(
     facts: &Facts,
     effective: &Effective,
     context: u64,
     gpus: &[Gpu],
-) -> Result<(Settings, Estimate), FitError> {
-    let devices = devices(gpus);
+) -> Result<Priced, FitError> {
     let budget = Budget {
         host: u64::MAX,
         gpu: gpus.iter().map(|gpu| gpu.total.0).fold(0, u64::saturating_add),
@@ -44,29 +46,41 @@ pub(super) fn choose(
         mapped_resident: true,
     };
     let settings = Settings { context, ..effective.settings.clone() };
-    let placement = fit::place(facts, &settings, &devices, &budget)?;
-    let (mut settings, mut estimate) = (placement.settings, placement.estimate);
+    let placement = fit::place(facts, &settings, &devices(gpus), &budget)?;
+    Ok((placement.settings, placement.estimate))
+}
+
+/// The same with a prompt cache and context checkpoints, where they are automatic; none where
+/// nothing is.
+pub(super) fn spacious(
+    facts: &Facts,
+    effective: &Effective,
+    needed: &Priced,
+    gpus: &[Gpu],
+) -> Result<Option<Priced>, FitError> {
     let automatic = effective.automatic;
-    if !automatic.prompt_cache && !automatic.context_checkpoints {
-        return Ok((settings, estimate));
-    }
+    let (mut settings, estimate) = needed.clone();
+    let devices = devices(gpus);
     let mut share = estimate.bytes.total_bytes / SHARE;
     if automatic.context_checkpoints {
         for count in CHECKPOINTS {
             let with = Settings { context_checkpoints: count, ..settings.clone() };
-            let priced = fit::estimate(facts, &with, &devices)?;
-            if priced.extras.checkpoint_bytes <= share / 2 {
-                share -= priced.extras.checkpoint_bytes;
-                (settings, estimate) = (with, priced);
+            let checkpoints = fit::estimate(facts, &with, &devices)?.extras.checkpoint_bytes;
+            if checkpoints <= share / 2 {
+                share -= checkpoints;
+                settings = with;
                 break;
             }
         }
     }
     if automatic.prompt_cache {
         settings.prompt_cache_mib = Some((share >> 20).min(MOST_CACHE_MIB));
-        estimate = fit::estimate(facts, &settings, &devices)?;
     }
-    Ok((settings, estimate))
+    if settings == needed.0 {
+        return Ok(None);
+    }
+    let estimate = fit::estimate(facts, &settings, &devices)?;
+    Ok(Some((settings, estimate)))
 }
 
 /// An estimate as the ledger counts it. `beside` are bytes of files that are loaded as well and

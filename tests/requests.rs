@@ -1,0 +1,152 @@
+//! From a configuration and a model's files to what is asked of the decisions, and to the command.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(dead_code, reason = "the fixtures serve other tests too")]
+
+#[path = "oracle/fixture.rs"]
+mod fixture;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use plimsoll::bytes::Bytes;
+use plimsoll::daemon::catalog::RealCatalog;
+use plimsoll::ledger::{Gpu, GpuKind};
+use plimsoll::policy::{Request, Rung};
+use plimsoll::ports::{Catalog, CatalogError, Wish};
+
+/// A root directory with one model's files and a configuration.
+struct Root(PathBuf);
+
+impl Root {
+    /// `model` is one of the fixtures, `extra` further keys of its file.
+    fn new(model: &str, extra: &str) -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let root = std::env::temp_dir().join(format!("plimsoll-requests-{}-{number}", std::process::id()));
+        let etc = root.join("etc/plimsoll/models.d");
+        std::fs::create_dir_all(&etc).unwrap();
+        let file = fixture::inflate(&fixture::directory().join(format!("{model}.txt")), &root);
+        // Any program will do: nothing is executed here.
+        let engine = "[engine.llama-server]\npath = \"/bin/true\"\n";
+        std::fs::write(root.join("etc/plimsoll/plimsoll.toml"), engine).unwrap();
+        let text = format!("model = {file:?}\n{extra}");
+        std::fs::write(etc.join("m.toml"), text).unwrap();
+        Self(root)
+    }
+
+    fn catalog(&self) -> RealCatalog {
+        RealCatalog::new(&self.0)
+    }
+}
+
+impl Drop for Root {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn wish(instance: &str) -> Wish {
+    Wish { instance: Some(instance.parse().unwrap()), ..Wish::default() }
+}
+
+fn request(catalog: &RealCatalog, gpus: &[Gpu]) -> Request {
+    catalog.request(&wish("m"), gpus).unwrap()
+}
+
+/// The value behind a flag of the command that would be executed.
+fn flag(catalog: &RealCatalog, rung: &Rung, gpus: &[Gpu], flag: &str) -> String {
+    let argv = catalog.launch(&wish("m"), rung, gpus).unwrap().argv;
+    let at = argv.iter().position(|word| word == flag).unwrap_or_else(|| panic!("no {flag} in {argv:?}"));
+    argv[at + 1].clone()
+}
+
+fn apu() -> Gpu {
+    Gpu { name: "card0".into(), kind: GpuKind::Unified, total: Bytes::gib(120), used: Bytes::ZERO }
+}
+
+#[test]
+fn a_ladder_descends_and_what_is_priced_is_what_is_run() {
+    let root = Root::new("Qwen3-Coder-30B-A3B-Q8_0", "context = 65536\ncontext-min = 16384\n");
+    let catalog = root.catalog();
+    let request = request(&catalog, &[]);
+    assert_eq!(request.unknown, None);
+    let contexts: Vec<u64> = request.ladder.iter().map(|rung| rung.context).collect();
+    assert_eq!(contexts[..2], [65536, 65536], "the wanted context with a prompt cache, and without");
+    assert_eq!(contexts.last(), Some(&16384));
+    let totals: Vec<Bytes> = request.ladder.iter().map(|rung| rung.footprint.total()).collect();
+    assert!(totals.windows(2).all(|pair| pair[0] > pair[1]), "{totals:?}");
+    assert!(request.advice.iter().all(|rung| rung.context < 16384) && !request.advice.is_empty());
+    // Without a GPU the weights stay pages of the file.
+    let weights = request.ladder[1].footprint.mapped_bytes();
+    assert!(weights > Bytes::gib(28) && weights <= request.reload, "{weights} of {}", request.reload);
+
+    let [with, without, .., least] = &request.ladder[..] else { panic!("{contexts:?}") };
+    let cache: u64 = flag(&catalog, with, &[], "--cache-ram").parse().unwrap();
+    assert!(Bytes::mib(cache) >= with.footprint.total() - without.footprint.total());
+    assert_eq!(flag(&catalog, without, &[], "--cache-ram"), "0");
+    assert_eq!(flag(&catalog, least, &[], "--ctx-size"), "16384");
+}
+
+#[test]
+fn an_apu_takes_the_layers_and_instances_share_only_the_file() {
+    let root = Root::new("Qwen3-Coder-30B-A3B-Q8_0", "context = 16384\n");
+    let catalog = root.catalog();
+    let gpus = [apu()];
+    let on_gpu = request(&catalog, &gpus).ladder[1].footprint.clone();
+    assert!(on_gpu.gpus[0] > Bytes::gib(28), "{on_gpu:?}");
+    assert!(on_gpu.private < Bytes::gib(4), "{on_gpu:?}");
+    let first = catalog.request(&wish("m"), &[]).unwrap().ladder[0].footprint.clone();
+    let second = catalog.request(&wish("m@2"), &[]).unwrap().ladder[0].footprint.clone();
+    assert_eq!(first.mapped[0].file, second.mapped[0].file);
+    let port = |instance: &str| {
+        let rung = catalog.request(&wish(instance), &[]).unwrap().ladder[0].clone();
+        let argv = catalog.launch(&wish(instance), &rung, &[]).unwrap().argv;
+        let at = argv.iter().position(|word| word == "--port").unwrap();
+        argv[at + 1].parse::<u16>().unwrap()
+    };
+    assert_eq!(port("m@2"), port("m") + 1);
+}
+
+#[test]
+fn a_context_that_is_asked_for_once_is_exactly_that() {
+    let root = Root::new("starcoder2-15b-Q8_0", "context = 16384\ncontext-min = 4096\n");
+    let catalog = root.catalog();
+    let once = Wish { context: Some(8192), ..wish("m") };
+    let ladder = catalog.request(&once, &[]).unwrap().ladder;
+    assert!(ladder.iter().all(|rung| rung.context == 8192), "{ladder:?}");
+}
+
+#[test]
+fn settings_that_a_person_made_are_not_automatic() {
+    let root = Root::new("starcoder2-15b-Q8_0", "context = 4096\nprompt-cache = \"1GiB\"\n");
+    let catalog = root.catalog();
+    let ladder = request(&catalog, &[]).ladder;
+    assert_eq!(flag(&catalog, &ladder[ladder.len() - 1], &[], "--cache-ram"), "1024");
+    assert!(ladder[0].footprint.private > Bytes::gib(1));
+}
+
+#[test]
+fn what_is_declared_is_taken_and_what_is_missing_is_named() {
+    let root = Root::new("starcoder2-15b-Q8_0", "context = 4096\n");
+    let models = root.0.join("etc/plimsoll/models.d");
+    let own =
+        "command = [\"/bin/true\", \"--port\", \"{port}\"]\nmemory = \"10GiB\"\ngpu-memory = \"8GiB\"\n";
+    std::fs::write(models.join("own.toml"), own).unwrap();
+    std::fs::write(models.join("lost.toml"), "model = \"/nowhere/lost-00001-of-00002.gguf\"\n").unwrap();
+    let catalog = root.catalog();
+    let declared = catalog.request(&wish("own"), &[apu()]).unwrap().ladder[0].footprint.clone();
+    assert_eq!((declared.private, declared.gpus[0]), (Bytes::gib(2), Bytes::gib(8)));
+    let lost = catalog.request(&wish("lost"), &[]).unwrap_err();
+    assert!(
+        matches!(&lost, CatalogError::Config(why) if why.contains("/nowhere/lost-00001-of-00002.gguf")),
+        "{lost}"
+    );
+    let none = catalog.request(&wish("nothing"), &[]).unwrap_err();
+    assert!(matches!(none, CatalogError::NotFound(_)), "{none}");
+    // One that was half downloaded.
+    let file = catalog.model_files().into_iter().find(|path| path.starts_with(&root.0)).unwrap();
+    let length = std::fs::metadata(&file).unwrap().len();
+    std::fs::File::options().write(true).open(&file).unwrap().set_len(length / 2).unwrap();
+    let short = catalog.request(&wish("m"), &[]).unwrap_err();
+    assert!(short.to_string().contains("is shorter than its header says"), "{short}");
+}
