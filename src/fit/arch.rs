@@ -77,6 +77,7 @@ pub enum Layout {
 
 /// In which order parallel parts and the residual are added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::enum_variant_names, reason = "what is summed first is what they say")]
 pub enum Sum {
     /// Attention and feed-forward part, then the residual.
     AttentionFirst,
