@@ -271,7 +271,7 @@ fn contents() -> impl Strategy<Value = Vec<u8>> {
 #[test]
 fn no_contents_make_it_panic() {
     let copy = Copy::of("hostile", "any");
-    proptest!(ProptestConfig::with_cases(48), |(files in prop::collection::vec(contents(), 8))| {
+    proptest!(ProptestConfig::with_cases(16), |(files in prop::collection::vec(contents(), 8))| {
         let unit = "sys/fs/cgroup/llm.slice/llm@small.service";
         for (path, contents) in [
             "proc/meminfo", "proc/pressure/memory", "proc/self/mountinfo", "proc/7/stat", "proc/7/cgroup",
