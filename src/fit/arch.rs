@@ -75,16 +75,15 @@ pub enum Layout {
     Unknown,
 }
 
-/// In which order parallel parts and the residual are added.
+/// Which comes first where parallel parts and the residual are added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::enum_variant_names, reason = "what is summed first is what they say")]
 pub enum Sum {
     /// Attention and feed-forward part, then the residual.
-    AttentionFirst,
+    Attention,
     /// Feed-forward part and attention, then the residual.
-    FeedForwardFirst,
-    /// Feed-forward part and residual, then attention.
-    ResidualFirst,
+    FeedForward,
+    /// The feed-forward part with the residual, then attention.
+    Residual,
 }
 
 /// Which layers rotate queries and keys by position.
@@ -172,12 +171,12 @@ use Window::{
 /// Every architecture whose rules are known.
 #[rustfmt::skip]
 pub const ARCHITECTURES: &[Arch] = &[
-    plain("llama"), plain("deci"), parallel(plain("falcon"), Sum::FeedForwardFirst), plain("grok"), rope(plain("gpt2"), Rope::None), vague(plain("gptj")), plain("gptneox"),
+    plain("llama"), plain("deci"), parallel(plain("falcon"), Sum::FeedForward), plain("grok"), rope(plain("gpt2"), Rope::None), vague(plain("gptj")), plain("gptneox"),
     rope(plain("mpt"), Rope::None), vague(plain("baichuan")), rope(plain("starcoder"), Rope::None), rope(plain("refact"), Rope::None), rope(plain("bloom"), Rope::None), plain("stablelm"),
     plain("qwen"), plain("qwen2"), plain("qwen2moe"), plain("qwen2vl"), plain("qwen3"), plain("qwen3moe"),
-    plain("qwen3vl"), plain("qwen3vlmoe"), parallel(plain("phi2"), Sum::AttentionFirst), plain("phi3"), plain("phimoe"), parallel(plain("plamo"), Sum::FeedForwardFirst),
+    plain("qwen3vl"), plain("qwen3vlmoe"), parallel(plain("phi2"), Sum::Attention), plain("phi3"), plain("phimoe"), parallel(plain("plamo"), Sum::FeedForward),
     plain("codeshell"), plain("orion"), plain("internlm2"), plain("minicpm"), plain("minicpm3"), plain("gemma"),
-    plain("starcoder2"), plain("xverse"), parallel(plain("command-r"), Sum::ResidualFirst), plain("dbrx"), plain("olmo"), plain("olmoe"),
+    plain("starcoder2"), plain("xverse"), parallel(plain("command-r"), Sum::Residual), plain("dbrx"), plain("olmo"), plain("olmoe"),
     plain("openelm"), vague(plain("arctic")), plain("deepseek"), plain("deepseek2-ocr"), plain("chatglm"), plain("glm4"),
     plain("glm4moe"), plain("bitnet"), rope(plain("jais"), Rope::None), plain("jais2"), plain("nemotron"), plain("exaone"),
     plain("granite"), plain("granitemoe"), vague(plain("chameleon")), plain("plm"), plain("bailingmoe"),
@@ -187,7 +186,7 @@ pub const ARCHITECTURES: &[Arch] = &[
     plain("pangu-embedded"), plain("mistral3"), plain("paddleocr"), plain("llama-embed"), plain("maincoder"),
     vague(plain("talkie")),
     windowed("gemma2", Always(4096, 2)), windowed("gemma3", Key(6)), windowed("gpt-oss", Always(0, 2)),
-    windowed("llama4", Chunked(8192, 4)), rope(parallel(windowed("cohere2", Always(0, 4)), Sum::ResidualFirst), Rope::Windowed),
+    windowed("llama4", Chunked(8192, 4)), rope(parallel(windowed("cohere2", Always(0, 4)), Sum::Residual), Rope::Windowed),
     vague(windowed("cohere2moe", AlwaysDenseFirst(4))), windowed("exaone4", IfLayers(64, 4096, 4)),
     windowed("exaone-moe", Always(128, 4)), windowed("olmo2", Key(4)), rope(windowed("afmoe", Key(4)), Rope::NotLastOf(4)),
     windowed("laguna", KeyDenseFirst(4)), windowed("mellum", Key(4)), windowed("plamo3", Key(8)),

@@ -69,9 +69,9 @@ fn parallel(b: &mut Builder, inputs: &AttentionInputs, copies: StateInputs, x: I
     let normed = b.outputs_only(normed);
     let raised = b.feed_forward(normed)?;
     let (first, second, third) = match sum {
-        Sum::AttentionFirst => (attended, raised, residual),
-        Sum::FeedForwardFirst => (raised, attended, residual),
-        Sum::ResidualFirst => (raised, residual, attended),
+        Sum::Attention => (attended, raised, residual),
+        Sum::FeedForward => (raised, attended, residual),
+        Sum::Residual => (raised, residual, attended),
     };
     let both = b.add(first, second);
     Some(b.add(both, third))
