@@ -316,14 +316,21 @@ impl Facts {
 }
 
 /// What a tensor is, by its name behind `blk.N.`.
-pub(super) fn class(suffix: &str) -> Class {
-    const PARTS: [&str; 4] = ["ffn_up", "ffn_down", "ffn_gate", "ffn_gate_up"];
-    let Some((stem, rest)) = suffix.split_once('.') else { return Class::Other };
-    if PARTS.contains(&stem) && stem != "ffn_gate_up" && !rest.is_empty() {
-        return Class::DenseFeedForward;
+fn class(suffix: &str) -> Class {
+    suffix.split_once('.').map_or(Class::Other, |(stem, _)| class_of(stem))
+}
+
+/// What a tensor is, by its name behind `blk.N.` up to the next dot.
+pub(super) fn class_of(stem: &str) -> Class {
+    let stem = stem.split_once('.').map_or(stem, |(stem, _)| stem);
+    match stem.strip_prefix("ffn_") {
+        Some("up" | "down" | "gate") => Class::DenseFeedForward,
+        Some(
+            "up_exps" | "down_exps" | "gate_exps" | "gate_up_exps" | "up_chexps" | "down_chexps"
+            | "gate_chexps" | "gate_up_chexps",
+        ) => Class::Experts,
+        _ => Class::Other,
     }
-    let expert = stem.strip_suffix("_exps").or_else(|| stem.strip_suffix("_chexps"));
-    if expert.is_some_and(|e| PARTS.contains(&e)) { Class::Experts } else { Class::Other }
 }
 
 /// Whether a processor could repack a tensor: matrices that are multiplied, with rows in eights.

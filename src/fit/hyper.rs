@@ -24,6 +24,13 @@ impl Kind {
         Some((self.tensors[at].1, self.bytes[at]))
     }
 
+    /// As [`Kind::get`], of the name in two parts.
+    pub fn part(&self, stem: &str, ending: &str) -> Option<([u64; 4], u64)> {
+        let wanted = || stem.bytes().chain(ending.bytes());
+        let at = self.tensors.binary_search_by(|(n, _)| n.bytes().cmp(wanted())).ok()?;
+        Some((self.tensors[at].1, self.bytes[at]))
+    }
+
     pub fn has(&self, name: &str) -> bool {
         self.get(name).is_some()
     }

@@ -286,16 +286,14 @@ impl Builder<'_> {
 
     /// A norm over all heads together, where its weights are as wide.
     fn whole_norm(&mut self, name: &str, x: Id) -> Id {
-        let wide =
-            self.kind().get(&format!("{name}.weight")).is_some_and(|(ne, _)| ne[0] == self.graph.ne(x)[0]);
+        let wide = self.kind().part(name, ".weight").is_some_and(|(ne, _)| ne[0] == self.graph.ne(x)[0]);
         let heads = self.dims().heads;
         if wide && heads > 1 { self.norm(x, name) } else { x }
     }
 
     /// A norm over each head, where its weights are as wide as a head.
     fn head_norm(&mut self, name: &str, x: Id) -> Id {
-        let per_head =
-            self.kind().get(&format!("{name}.weight")).is_some_and(|(ne, _)| ne[0] == self.graph.ne(x)[0]);
+        let per_head = self.kind().part(name, ".weight").is_some_and(|(ne, _)| ne[0] == self.graph.ne(x)[0]);
         if per_head { self.norm(x, name) } else { x }
     }
 

@@ -106,8 +106,13 @@ impl<'a> Builder<'a> {
 
     /// A weight of the layer that is being built.
     pub fn weight(&mut self, name: &str) -> Option<Id> {
-        let found = self.kind().get(name)?;
-        let split = match crate::fit::facts::class(name) {
+        self.weight_part(name, "")
+    }
+
+    /// A weight of the layer that is being built, its name in two parts.
+    pub fn weight_part(&mut self, stem: &str, ending: &str) -> Option<Id> {
+        let found = self.kind().part(stem, ending)?;
+        let split = match crate::fit::facts::class_of(stem) {
             Class::Experts => self.placed.split_experts[self.layer],
             Class::DenseFeedForward => self.placed.split_dense[self.layer],
             Class::Other => false,
@@ -147,8 +152,8 @@ impl<'a> Builder<'a> {
     /// A norm with its weights, where it has any.
     pub fn norm(&mut self, x: Id, name: &str) -> Id {
         let normed = self.graph.in_place(&[x]);
-        let weight = self.weight(&format!("{name}.weight")).or_else(|| self.weight(name));
-        let bias = self.weight(&format!("{name}.bias"));
+        let weight = self.weight_part(name, ".weight").or_else(|| self.weight(name));
+        let bias = self.weight_part(name, ".bias");
         if self.full && (weight.is_some() || bias.is_some()) {
             self.graph.tensors[normed as usize].preset = Some(self.backend());
         }
@@ -161,9 +166,9 @@ impl<'a> Builder<'a> {
 
     /// A product with a weight and its bias; none where the layer lacks it.
     pub fn linear(&mut self, name: &str, x: Id) -> Option<Id> {
-        let weight = self.weight(&format!("{name}.weight"))?;
+        let weight = self.weight_part(name, ".weight")?;
         let product = self.graph.mul_mat(weight, x);
-        Some(match self.weight(&format!("{name}.bias")) {
+        Some(match self.weight_part(name, ".bias") {
             Some(bias) => self.graph.in_place(&[product, bias]),
             None => product,
         })

@@ -29,7 +29,7 @@ impl Builder<'_> {
             self.graph.op(Op::Other, TensorType::F32, ne, &[gate, raised])
         } else {
             let ne = self.graph.ne(raised);
-            let inner = self.kind().get(&format!("{down}.weight"))?.0[0];
+            let inner = self.kind().part(down, ".weight")?.0[0];
             if ne[0] == 2 * inner {
                 self.graph.op(Op::Other, TensorType::F32, [inner, ne[1], ne[2], ne[3]], &[raised])
             } else {
@@ -104,9 +104,9 @@ impl Builder<'_> {
     /// The experts' inner width: gate and up apart, both in one matrix, or up alone.
     fn expert_activation(&mut self, cur: Id, selected: Id) -> Option<Id> {
         let product = |b: &mut Self, name: &str| -> Option<Id> {
-            let weight = b.weight(&format!("{name}.weight"))?;
+            let weight = b.weight_part(name, ".weight")?;
             let product = b.graph.mul_mat_id(weight, cur, selected);
-            Some(match b.weight(&format!("{name}.bias")) {
+            Some(match b.weight_part(name, ".bias") {
                 Some(bias) => b.graph.in_place(&[product, bias, selected]),
                 None => product,
             })

@@ -112,41 +112,38 @@ fn pipelines(facts: &Facts, settings: &Settings, assigned: &Assigned, used: &[&D
         && settings.overrides.is_empty()
 }
 
-/// Layers that stand for all: of layers alike in a row, and of periods alike, the first few; and the last.
+/// Layers that stand for all: of layers alike in a row the first two and the last, and of what is left the first
+/// two periods and the last one.
 fn chosen(facts: &Facts, assigned: &Assigned, placed: &Placed) -> Vec<usize> {
     let count = facts.layer_count as usize;
-    let signature = |i: usize| {
-        (
-            facts.kinds.of_layer[i],
-            facts.layers[i],
-            assigned.layers[i],
-            placed.split_experts[i],
-            placed.split_dense[i],
-        )
+    let alike = |a: usize, b: usize| {
+        facts.kinds.of_layer[a] == facts.kinds.of_layer[b]
+            && facts.layers[a] == facts.layers[b]
+            && assigned.layers[a] == assigned.layers[b]
+            && placed.split_experts[a] == placed.split_experts[b]
+            && placed.split_dense[a] == placed.split_dense[b]
     };
-    let signatures: Vec<_> = (0..count).map(signature).collect();
+    let inner =
+        |i: &usize| *i > 1 && i + 1 < count && alike(*i, i - 1) && alike(*i, i - 2) && alike(*i, i + 1);
+    let ends: Vec<usize> = (0..count).filter(|i| !inner(i)).collect();
+    let same = |a: usize, b: usize| alike(ends[a], ends[b]);
     let mut kept: Vec<usize> = Vec::new();
     let mut at = 0;
-    while at < count {
-        // The shortest period from here on that repeats, and how often.
-        let period = (1..=8)
-            .find(|p| at + 3 * p <= count && (at..at + 2 * p).all(|i| signatures[i] == signatures[i + p]));
-        let Some(period) = period else {
-            kept.push(at);
+    while at < ends.len() {
+        let repeats = |p: &usize| at + 4 * p <= ends.len() && (at..at + 3 * p).all(|i| same(i, i + p));
+        let Some(period) = (2..=12).find(repeats) else {
+            kept.push(ends[at]);
             at += 1;
             continue;
         };
         let mut end = at + period;
-        while end < count && signatures[end] == signatures[end - period] {
+        while end < ends.len() && same(end, end - period) {
             end += 1;
         }
-        let repeats = (end - at) / period;
-        kept.extend(at..at + 2 * period);
-        at += repeats * period;
-        kept.extend(at - period..at);
-    }
-    if kept.last() != Some(&(count.saturating_sub(1))) && count > 0 {
-        kept.push(count - 1);
+        let whole = (end - at) / period * period;
+        kept.extend(&ends[at..at + 2 * period]);
+        kept.extend(&ends[at + whole - period..at + whole]);
+        at += whole;
     }
     kept
 }
