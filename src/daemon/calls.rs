@@ -14,8 +14,8 @@ use crate::policy::core::Effect;
 use crate::policy::{Action, ActionId, Event, Outcome, Refusal, Request, Rung};
 use crate::ports::{CatalogError, Wish};
 
-/// How long the options of a load wait for its unit to ask; milliseconds.
-const ONE_SHOT: u64 = 60_000;
+/// How long a unit that the daemon itself has started may take to ask; milliseconds.
+const TO_ASK: u64 = 60_000;
 
 impl Daemon {
     pub(super) fn command(&mut self, command: Command) {
@@ -35,7 +35,7 @@ impl Daemon {
                 if options == LoadOptions::default() {
                     self.one_shot.remove(&job.instance);
                 } else {
-                    self.one_shot.insert(job.instance.clone(), (options, now + ONE_SHOT));
+                    self.one_shot.insert(job.instance.clone(), options);
                 }
                 self.restoring.remove(&job.instance);
                 let effect = Effect::Start(job.instance.clone());
@@ -76,9 +76,8 @@ impl Daemon {
 
     /// What an asker wishes, with the options of the load that started it.
     pub(super) fn wish(&mut self, asker: &Asker, now: u64) -> Wish {
-        self.one_shot.retain(|_, (_, until)| *until > now);
-        let (options, _) = self.one_shot.remove(&asker.instance).unwrap_or_default();
-        let returning = self.restoring.remove(&asker.instance).is_some_and(|at| now < at + ONE_SHOT);
+        let options = self.one_shot.get(&asker.instance).cloned().unwrap_or_default();
+        let returning = self.restoring.remove(&asker.instance).is_some_and(|at| now < at + TO_ASK);
         Wish {
             instance: Some(asker.instance.clone()),
             invocation: asker.invocation.clone(),
@@ -141,7 +140,10 @@ impl Daemon {
         let survey = self.parts.survey.clone();
         let gpus = self.machine.gpus.clone();
         let sender = self.sender.clone();
+        let weighers = Arc::clone(&self.weighers);
         tokio::spawn(async move {
+            // It is never closed.
+            let _turn = weighers.acquire().await;
             let work = move || {
                 let request = catalog.request(&wish, &gpus);
                 if let Some(survey) = survey {

@@ -18,10 +18,27 @@ use crate::ledger::{Machine, UnitState};
 use crate::policy::{Decision, Mode, Refusal};
 use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Wish};
 
-/// Reading calls that are worked on at a time; each may read files.
-const READERS: usize = 2;
-/// Reading calls that wait beyond those.
-const READERS_WAITING: usize = 64;
+/// Turns at something that blocks: a few at a time, some that wait, and the rest is told to come
+/// again.
+struct Turns {
+    working: Semaphore,
+    waiting: Semaphore,
+}
+
+impl Turns {
+    fn new(working: usize, waiting: usize) -> Arc<Self> {
+        Arc::new(Self { working: Semaphore::new(working), waiting: Semaphore::new(working + waiting) })
+    }
+
+    /// Works something out on another thread.
+    async fn take<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Fault> {
+        let busy = || Fault::Busy("the daemon is overrun with calls; try again".to_owned());
+        let _place = self.waiting.try_acquire().map_err(|_| busy())?;
+        let _turn = self.working.acquire().await.map_err(|_| busy())?;
+        let done = tokio::task::spawn_blocking(work).await;
+        done.map_err(|error| Fault::Failed(format!("the daemon has a fault: {error}")))
+    }
+}
 
 /// Why a call has no result. Each is one sentence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -90,8 +107,12 @@ pub struct Handle {
     inputs: mpsc::UnboundedSender<Input>,
     catalog: Arc<dyn Catalog>,
     latest: Arc<Mutex<Arc<Machine>>>,
-    readers: Arc<Semaphore>,
-    waiting_readers: Arc<Semaphore>,
+    /// For what reads the configuration alone.
+    quick: Arc<Turns>,
+    /// For what reads the configured models' files, on disks that may not answer.
+    slow: Arc<Turns>,
+    /// For files of callers, which may be made to block for ever.
+    foreign: Arc<Turns>,
     jobs: Arc<AtomicU32>,
 }
 
@@ -105,8 +126,9 @@ impl Handle {
             inputs,
             catalog,
             latest,
-            readers: Arc::new(Semaphore::new(READERS)),
-            waiting_readers: Arc::new(Semaphore::new(READERS_WAITING)),
+            quick: Turns::new(2, 64),
+            slow: Turns::new(2, 32),
+            foreign: Turns::new(1, 4),
             jobs: Arc::new(AtomicU32::new(0)),
         }
     }
@@ -131,16 +153,17 @@ impl Handle {
     /// There is no such model, or something is wrong with it.
     pub async fn plan(&self, instance: String, context: Option<u64>) -> Result<Decision, Fault> {
         let gpus = self.machine().gpus.clone();
-        let request = self
-            .read(move |catalog| {
-                let instance = Some(catalog.resolve(&instance)?);
-                catalog.request(&Wish { instance, context, explicit: true, ..Wish::default() }, &gpus)
-            })
-            .await??;
+        let catalog = Arc::clone(&self.catalog);
+        let weigh = move || {
+            let instance = Some(catalog.resolve(&instance)?);
+            catalog.request(&Wish { instance, context, explicit: true, ..Wish::default() }, &gpus)
+        };
+        let request = self.read_models(weigh).await??;
         self.call(|reply| Command::Plan(Box::new(request), reply)).await
     }
 
-    /// Checks what a load needs and numbers its job, which [`Handle::begin_load`] begins.
+    /// Checks the names of a load and numbers its job, which [`Handle::begin_load`] begins. Files are
+    /// for the unit to look at: the mounts that they are on may only come with its start.
     ///
     /// # Errors
     /// There is no such model, or something is wrong with it.
@@ -151,13 +174,10 @@ impl Handle {
         instead_of: Vec<String>,
         force: bool,
     ) -> Result<(Job, LoadOptions), Fault> {
-        let gpus = self.machine().gpus.clone();
         let check = move |catalog: &dyn Catalog| {
             let instance = catalog.resolve(&instance)?;
             let others: Result<BTreeSet<Instance>, _> =
                 instead_of.iter().map(|other| catalog.resolve(other)).collect();
-            let wish = Wish { instance: Some(instance.clone()), context, ..Wish::default() };
-            catalog.request(&wish, &gpus)?;
             Ok::<_, CatalogError>((instance, LoadOptions { context, instead_of: others?, force }))
         };
         let (instance, options) = self.read(check).await??;
@@ -268,27 +288,35 @@ impl Handle {
         Ok(self.read(resolve).await??)
     }
 
+    /// Looks something up in the configuration, on another thread.
     async fn read<T: Send + 'static>(
         &self,
         work: impl FnOnce(&dyn Catalog) -> T + Send + 'static,
     ) -> Result<T, Fault> {
         let catalog = Arc::clone(&self.catalog);
-        self.off_loop(move || work(&*catalog)).await
+        self.quick.take(move || work(&*catalog)).await
     }
 
-    /// Works something out on another thread, a few at a time.
+    /// Reads the files of configured models, on another thread.
     ///
     /// # Errors
     /// The daemon is overrun with calls.
-    pub async fn off_loop<T: Send + 'static>(
+    pub async fn read_models<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Fault> {
-        let busy = || Fault::Busy("the daemon is overrun with calls; try again".to_owned());
-        let _place = self.waiting_readers.try_acquire().map_err(|_| busy())?;
-        let _turn = self.readers.acquire().await.map_err(|_| busy())?;
-        let done = tokio::task::spawn_blocking(work).await;
-        done.map_err(|error| Fault::Failed(format!("the daemon has a fault: {error}")))
+        self.slow.take(work).await
+    }
+
+    /// Reads files that a caller has opened, on another thread.
+    ///
+    /// # Errors
+    /// The daemon is overrun with calls.
+    pub async fn read_foreign<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Fault> {
+        self.foreign.take(work).await
     }
 
     fn send(&self, command: Command) {

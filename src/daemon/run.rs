@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant as Time, sleep_until};
 
@@ -22,6 +22,9 @@ use crate::ports::{Catalog, Ports, Rulebook};
 
 /// Calls on the bus have tickets from here on; the simulated gate counts from zero.
 pub(super) const FIRST_TICKET: u64 = 1 << 62;
+/// Requests that are worked out at a time. A disk that does not answer holds up so many, and not the
+/// daemon.
+const WEIGHERS: usize = 8;
 /// How often the memory and the activity of models is looked at while any runs.
 const SAMPLE: Duration = Duration::from_secs(30);
 /// The pulse where there is no watchdog and nothing runs.
@@ -57,12 +60,14 @@ pub struct Daemon {
     pub(super) saving: Option<JoinHandle<()>>,
     pub(super) waiting: BTreeMap<u64, Waiting>,
     pub(super) next_ticket: u64,
-    pub(super) one_shot: BTreeMap<Instance, (LoadOptions, u64)>,
+    /// Options of loads, until these end.
+    pub(super) one_shot: BTreeMap<Instance, LoadOptions>,
     /// Starts that are no person's: returns of evicted models, with their times.
     pub(super) restoring: BTreeMap<Instance, u64>,
     /// Instances that were found running, with the InvocationID that they were found with.
     pub(super) adopted: BTreeMap<Instance, String>,
     pub(super) jobs: Jobs,
+    pub(super) weighers: Arc<Semaphore>,
     pub(super) rulebook: Rulebook,
     pub(super) mode: Option<Mode>,
     pub(super) wake: Option<Time>,
@@ -99,6 +104,7 @@ impl Daemon {
             restoring: BTreeMap::new(),
             adopted: BTreeMap::new(),
             jobs: Jobs::default(),
+            weighers: Arc::new(Semaphore::new(WEIGHERS)),
             rulebook: Rulebook::default(),
             wake: None,
             said: String::new(),
@@ -133,29 +139,28 @@ impl Daemon {
         let mut beat = Time::now() + self.interval();
         while !self.ending {
             self.flush();
+            beat = beat.min(Time::now() + self.interval());
             let next = self.wake.map_or(beat, |wake| wake.min(beat));
+            // Time before inputs: a flood of them must not hold up the watchdog.
             tokio::select! {
                 biased;
                 () = finished(&mut self.saving) => self.saving = None,
+                () = sleep_until(next) => {
+                    let beats = beat <= next;
+                    if beats {
+                        // A service manager that does not listen is its own affair.
+                        let _ = self.parts.notifier.watchdog();
+                        beat = Time::now() + self.interval();
+                    }
+                    let woken = self.wake.take_if(|wake| *wake <= next).is_some();
+                    if woken || (beats && !self.core.holders().is_empty()) {
+                        self.step(Event::Tick);
+                    }
+                }
                 input = inputs.recv() => match input {
                     Some(input) => self.take_all(input, &mut inputs),
                     None => break,
                 },
-                () = sleep_until(next) => {
-                    if self.wake.is_some_and(|wake| wake <= next) {
-                        self.wake = None;
-                        self.step(Event::Tick);
-                    } else {
-                        // A service manager that does not listen is its own affair.
-                        let _ = self.parts.notifier.watchdog();
-                        if !self.core.holders().is_empty() {
-                            self.step(Event::Tick);
-                        }
-                    }
-                }
-            }
-            if Time::now() >= beat || beat > Time::now() + self.interval() {
-                beat = Time::now() + self.interval();
             }
         }
         let _ = self.parts.notifier.stopping();

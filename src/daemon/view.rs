@@ -18,13 +18,12 @@ const SHOWN: usize = 16;
 /// One line on how the daemon is, for `systemctl status`.
 pub(super) fn line(core: &Core, machine: &Machine) -> String {
     let waiting = core.waiting().count();
-    let room = capacity(machine, core.rules().reserve, core.holders());
     let charged = charges(core.holders()).per_pool(machine, &[], None);
     let mut line = match core.holders().len() {
         1 => "1 model".to_owned(),
         n => format!("{n} models"),
     };
-    line.push_str(&format!(", {} of {} reserved", charged.memory, room.memory));
+    line.push_str(&format!(", {} reserved", charged.memory));
     if waiting > 0 {
         line.push_str(&format!(", {waiting} waiting"));
     }
@@ -296,7 +295,7 @@ mod tests {
         assert_eq!(shown, [("a", "inactive", "127.0.0.1:8003", 0), ("a@2", "running", "127.0.0.1:8004", 7)]);
         assert_eq!(status.pools[0].reserved_bytes, Bytes::gib(4));
         assert_eq!(status.problems.len(), 1);
-        assert!(line(&core, &machine).starts_with("1 model, 4.0 GiB of "));
+        assert!(line(&core, &machine).starts_with("1 model, 4.0 GiB reserved"));
     }
 
     #[test]

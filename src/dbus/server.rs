@@ -21,8 +21,9 @@ use crate::host::Host;
 use crate::os::lock_memory;
 use crate::policy::{Core, Rules};
 
-/// Threads for what blocks: headers of models, page cache, state files.
-const BLOCKING_THREADS: usize = 4;
+/// Threads for what blocks: headers of models, page cache, state files. Each kind has its own bound,
+/// and together they stay below this one, so that none keeps another from running.
+const BLOCKING_THREADS: usize = 24;
 
 /// Runs a daemon to its end, on this thread.
 pub fn run(daemon: impl Future<Output = Result<(), String>>) -> ExitCode {

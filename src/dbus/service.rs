@@ -103,6 +103,12 @@ fn bounded(length: usize, what: &str) -> Result<(), Error> {
     Ok(())
 }
 
+/// A vocabulary takes tens of MiB while it is read; these are given back.
+fn trimmed<T>(quoted: T) -> T {
+    release_memory();
+    quoted
+}
+
 fn files(list: Vec<(String, zbus::OwnedFd)>) -> Vec<(PathBuf, File)> {
     list.into_iter().map(|(path, fd)| (PathBuf::from(path), File::from(OwnedFd::from(fd)))).collect()
 }
@@ -120,20 +126,10 @@ impl Manager {
         Self { handle, authority, asking, quotes, mode: Arc::new(Mutex::new(mode)) }
     }
 
-    async fn quote(
-        &self,
-        work: impl FnOnce(&dyn Quotes) -> Result<String, Error> + Send + 'static,
-    ) -> Result<String, Error> {
-        let Some(quotes) = self.quotes.clone() else {
-            return Err(Error::new(Kind::Failed, "simulated models have no files to read"));
-        };
-        let quoted = self.handle.off_loop(move || {
-            let quoted = work(&*quotes);
-            // A vocabulary takes tens of MiB while it is read.
-            release_memory();
-            quoted
-        });
-        quoted.await?
+    /// The quotes, for use on a thread that may block.
+    fn quotes(&self) -> Result<Arc<dyn Quotes>, Error> {
+        let none = || Error::new(Kind::Failed, "simulated models have no files to read");
+        self.quotes.clone().ok_or_else(none)
     }
 
     async fn add_job(&self, connection: &Connection, job: &Job) -> Result<OwnedObjectPath, Error> {
@@ -148,7 +144,8 @@ impl Manager {
 impl Manager {
     async fn fit(&self, name: String, contexts: Vec<u64>) -> Result<String, Error> {
         bounded(contexts.len(), "contexts")?;
-        self.quote(move |quotes| quotes.configured(&name, &contexts)).await
+        let quotes = self.quotes()?;
+        self.handle.read_models(move || trimmed(quotes.configured(&name, &contexts))).await?
     }
 
     async fn fit_files(
@@ -161,7 +158,8 @@ impl Manager {
         bounded(arguments.len(), "arguments")?;
         bounded(contexts.len(), "contexts")?;
         let files = self::files(files);
-        self.quote(move |quotes| quotes.files(files, &arguments, &contexts)).await
+        let quotes = self.quotes()?;
+        self.handle.read_foreign(move || trimmed(quotes.files(files, &arguments, &contexts))).await?
     }
 
     async fn plan(&self, instance: String, context: u64) -> Result<String, Error> {
