@@ -108,6 +108,11 @@ impl File {
         self.name.to_uppercase()
     }
 
+    /// Whether its tensors have several types.
+    pub(super) fn is_mixed(&self) -> bool {
+        self.mix.is_some()
+    }
+
     /// Whether its types follow the rule of llama.cpp's quantiser.
     pub(super) fn by_rule(&self) -> bool {
         self.mix.as_deref() == Some("rule")

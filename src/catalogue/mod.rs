@@ -146,6 +146,13 @@ impl Choice {
         self.entry.status == Status::Assumed || self.file.assumed
     }
 
+    /// Whether every tensor's type follows from the name, so that the weights are exact. Mixtures are a
+    /// publisher's choice, which only the header of the file tells.
+    #[must_use]
+    pub fn is_exact(&self) -> bool {
+        !self.is_assumed() && !self.file.is_mixed()
+    }
+
     /// Where the figures come from, one sentence each.
     #[must_use]
     pub fn provenance(&self) -> Vec<String> {

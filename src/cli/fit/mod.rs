@@ -123,7 +123,8 @@ impl<'a> Pricer<'a> {
     fn price_settings(&self, settings: &Settings) -> Result<Line, Failure> {
         let failure = |error: FitError| self.subject.failure(&error);
         let placement = fit::place(&self.facts, settings, &self.devices, &self.budget).map_err(failure)?;
-        let estimate = placement.estimate;
+        let mut estimate = placement.estimate;
+        estimate.exact &= self.subject.has_exact_weights();
         let used = self.devices.used(&placement.settings);
         let gpus: Vec<usize> = used
             .iter()

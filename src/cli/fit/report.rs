@@ -43,7 +43,7 @@ pub fn model_json(subject: &Subject) -> Value {
     let (source, assumed, notes) = match &subject.provenance {
         Provenance::File => ("file", false, &[][..]),
         Provenance::Address => ("address", false, &[][..]),
-        Provenance::Catalogue { assumed, notes } => ("catalogue", *assumed, &notes[..]),
+        Provenance::Catalogue { assumed, notes, .. } => ("catalogue", *assumed, &notes[..]),
     };
     json!({
         "name": model.name().unwrap_or(&subject.name),
@@ -209,7 +209,9 @@ fn verdict(line: &Line) -> String {
 /// What the table has no room for: each thing once, however many lines it is true of.
 fn footnotes(subject: &Subject, lines: &[Line]) -> String {
     let mut out = "Sizes in GiB.".to_owned();
-    if lines.iter().any(|line| !line.estimate.exact) {
+    if !subject.has_exact_weights() {
+        out.push_str(" ~: which types its tensors have only the file's header tells.");
+    } else if lines.iter().any(|line| !line.estimate.exact) {
         out.push_str(" ~: with an upper bound for some of it.");
     }
     out.push('\n');

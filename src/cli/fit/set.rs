@@ -14,6 +14,7 @@ use crate::cli::output::{self, Align, Painter, Style, Table, gib, wrap};
 use crate::cli::verbs::verdict_style;
 use crate::fit::ENGINE_VERSION;
 use crate::ledger::{Charges, FileId, Footprint, Mapped, PerPool, Pool};
+use crate::policy::Verdict;
 use crate::policy::verdict::{Judgement, judge};
 
 /// Tokens of a model that nothing says the context of.
@@ -199,7 +200,8 @@ fn text(set: &Set, target: &Target, painter: Painter) -> String {
         sentence.push_str(&format!("; {} is {bytes} short", pool_name(pool)));
     }
     if !set.judgement.swap_needed.is_zero() {
-        sentence.push_str(&format!("; it needs {} of swap", set.judgement.swap_needed));
+        let needs = if set.judgement.verdict == Verdict::Refused { "they would need" } else { "they need" };
+        sentence.push_str(&format!("; {needs} {} of swap", set.judgement.swap_needed));
     }
     out.push_str(&wrap(&format!("{}: {sentence}", painter.paint(verdict_style(word), word)), 2));
     if !set.shared.is_zero() {
@@ -235,7 +237,6 @@ mod tests {
     use super::*;
     use crate::bytes::GIB;
     use crate::cli::args::{Cli, Verb};
-    use crate::policy::Verdict;
     use clap::Parser;
 
     /// Prices a set on the machine of the roadmap: 128 GiB, of which the GPU may have 120, no swap.

@@ -49,6 +49,8 @@ pub enum Provenance {
     Catalogue {
         /// There is no such model or file: the figures are those of something near.
         assumed: bool,
+        /// Whether the weights are exact, which those of mixed types are not.
+        exact: bool,
         /// Sources and what else one should know, one sentence each.
         notes: Vec<String>,
     },
@@ -136,7 +138,11 @@ impl Subject {
 
     fn from_catalogue(choice: Choice, parsed: Parsed) -> Result<Self, Failure> {
         let model = choice.model()?;
-        let provenance = Provenance::Catalogue { assumed: choice.is_assumed(), notes: choice.provenance() };
+        let provenance = Provenance::Catalogue {
+            assumed: choice.is_assumed(),
+            exact: choice.is_exact(),
+            notes: choice.provenance(),
+        };
         Ok(Self { provenance, ..Self::of(choice.name(), model, parsed, reserve(Path::new("/"))) })
     }
 
@@ -227,6 +233,11 @@ impl Subject {
             reserve: loaded.settings.map(|settings| settings.reserve).unwrap_or_default(),
             provenance: Provenance::File,
         })
+    }
+
+    /// Whether the weights are those of a header, or follow from the name as surely.
+    pub fn has_exact_weights(&self) -> bool {
+        !matches!(self.provenance, Provenance::Catalogue { exact: false, .. })
     }
 
     /// What the estimate could not be made for, as a failure.
