@@ -1,8 +1,5 @@
 //! Plimsoll's development tool: `cargo xtask help`.
 
-// The scenarios that use the rest come next.
-#![allow(dead_code)]
-
 mod bench;
 mod deb;
 mod demo;

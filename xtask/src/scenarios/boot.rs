@@ -36,3 +36,15 @@ pub fn rivals_and_impossible_at_boot(lab: &mut Lab) -> Result<()> {
     ensure!(times.len() == 2 && times[0] <= times[1], "the boot waited for a model: {times:?}");
     lab.no_oom_kill()
 }
+
+/// The power fails while a model serves: after the next boot the daemon's state is whole, nothing is
+/// reserved for what no longer runs, and the model starts again.
+pub fn power_fails(lab: &mut Lab) -> Result<()> {
+    lab.configure(&[Config::new("small", 8001)])?;
+    lab.serve("small", 8001)?;
+    lab.guest.reset_and_wait()?;
+    lab.guest.wait_until("the daemon is up", PATIENCE, "systemctl is-active --quiet plimsolld.service")?;
+    let pool = lab.memory_pool()?;
+    ensure!(pool.reserved_bytes.is_zero(), "{} are still reserved", pool.reserved_bytes);
+    lab.serve("small", 8001)
+}

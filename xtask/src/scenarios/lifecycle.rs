@@ -88,7 +88,7 @@ pub fn other_engines_and_observing(lab: &mut Lab) -> Result<()> {
     // An engine that serves a directory over HTTP is what a declared size is for; llama-server
     // itself does as well, run by an absolute path.
     let command = "command = [\"/usr/bin/llama-server\", \"-m\", \"/srv/models/small.gguf\", \"--port\", \"8001\", \
-                   \"-c\", \"1024\"]\nport = 8001\n";
+                   \"-c\", \"1024\"]\nport = 8001\nhealth-path = \"/health\"\n";
     let write = |name: &str, memory: &str| {
         lab.guest.write(
             &format!("/etc/plimsoll/models.d/{name}.toml"),

@@ -52,5 +52,6 @@ scenarios![
     daemon::start_waits_for_the_daemon,
     daemon::upgrade_keeps_models,
     boot::rivals_and_impossible_at_boot,
+    boot::power_fails,
     package::purge_keeps_models,
 ];

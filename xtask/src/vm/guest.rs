@@ -283,9 +283,4 @@ impl Guest {
         println!("log in with:\n{} root@127.0.0.1\nEnter ends the machine", words.join(" "));
         let _ = std::io::stdin().read_line(&mut String::new());
     }
-
-    /// The machine under it.
-    pub fn machine(&mut self) -> &mut Machine {
-        &mut self.machine
-    }
 }
