@@ -139,11 +139,12 @@ pub fn demo(options: &DemoOptions) -> Result<()> {
 }
 
 fn prepare_guest(options: &DemoOptions) -> Result<Place> {
-    println!("Building Plimsoll and its package.");
-    let package = deb::build("release", "")?;
+    // First what may ask for sudo, then what takes its time.
     println!("Getting the virtual machine ready: Debian with systemd and the distribution's llama-server.");
     let image = Image::ensure(&options.image)?;
     let disk = models::ensure_disk()?;
+    println!("Building Plimsoll and its package.");
+    let package = deb::build("release", "")?;
     println!("Booting it.");
     let guest = Guest::connect(Machine::start(&image, &disk, &options.machine)?)?;
     println!("Installing {} in it.", package.display());

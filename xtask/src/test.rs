@@ -6,6 +6,7 @@ use crate::scenarios::{self, Scenario};
 use crate::vm::{Guest, ImageOptions, Machine, MachineOptions, image::Image};
 use crate::{deb, host};
 use anyhow::{Context, Result};
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
@@ -63,6 +64,15 @@ pub fn test(options: &TestOptions) -> Result<u8> {
     let mut report = Report::default();
     let wanted =
         |name: &str| options.only.is_empty() || options.only.iter().any(|pattern| name.contains(pattern));
+    let scenarios: Vec<&Scenario> = scenarios::ALL.iter().filter(|scenario| wanted(scenario.name)).collect();
+    let mut disks = None;
+    if !options.no_vm && !scenarios.is_empty() {
+        // First what may ask for sudo or miss the network.
+        report.check("image and models", || {
+            disks = Some((Image::ensure(&options.image)?, models::ensure_disk()?));
+            Ok(())
+        });
+    }
     for (name, arguments) in [
         ("fmt", &["fmt", "--all", "--check"][..]),
         ("clippy", &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]),
@@ -74,9 +84,8 @@ pub fn test(options: &TestOptions) -> Result<u8> {
     if wanted("unit") {
         unit_tests(&mut report);
     }
-    let scenarios: Vec<&Scenario> = scenarios::ALL.iter().filter(|scenario| wanted(scenario.name)).collect();
-    if !options.no_vm && !scenarios.is_empty() {
-        in_the_machine(options, &scenarios, &mut report);
+    if let Some((image, disk)) = disks {
+        in_the_machine(options, &image, &disk, &scenarios, &mut report);
     }
     for name in &report.failed {
         println!("failed: {name}");
@@ -86,13 +95,17 @@ pub fn test(options: &TestOptions) -> Result<u8> {
 }
 
 /// Boots once and runs the scenarios one after the other, each from a clean state.
-fn in_the_machine(options: &TestOptions, scenarios: &[&Scenario], report: &mut Report) {
+fn in_the_machine(
+    options: &TestOptions,
+    image: &Image,
+    disk: &Path,
+    scenarios: &[&Scenario],
+    report: &mut Report,
+) {
     let mut lab = None;
     report.check("package and virtual machine", || {
         let package = deb::build(&options.profile, "")?;
-        let image = Image::ensure(&options.image)?;
-        let disk = models::ensure_disk()?;
-        let guest = Guest::connect(Machine::start(&image, &disk, &options.machine)?)?;
+        let guest = Guest::connect(Machine::start(image, disk, &options.machine)?)?;
         lab = Some(Lab::new(guest, package, &options.profile)?);
         Ok(())
     });
