@@ -231,9 +231,6 @@ impl Daemon {
 
     pub(super) fn fail(&mut self, ticket: u64, fault: Fault) {
         let Some(waiting) = self.waiting.remove(&ticket) else { return };
-        if let Some(instance) = &waiting.wish.instance {
-            self.jobs.refused(instance, &fault.to_string());
-        }
         if let Some(reply) = waiting.reply {
             let _ = reply.send(Err(fault));
         }
@@ -300,9 +297,7 @@ impl Daemon {
                 return;
             }
         };
-        for job in self.jobs.loads_of(&instance) {
-            self.tell(Publication::JobProgress(job, format!("loading at context {context}")));
-        }
+        self.tell_loads(&instance, &format!("loading at context {context}"));
         let catalog = Arc::clone(&self.parts.catalog);
         let gpus = self.machine.gpus.clone();
         let holder = self.core.holders().get(&instance);

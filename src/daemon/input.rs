@@ -20,6 +20,8 @@ pub enum Input {
     Event(Event),
     /// A unit or a job of systemd changed.
     Changed,
+    /// What a starting unit says of itself.
+    Said(Instance, String),
     /// A running instance is to be taken into the ledger: who, and its InvocationID.
     Adopt(Instance, String),
     /// A call on the bus.

@@ -62,39 +62,56 @@ pub struct Job {
     pub kind: JobKind,
 }
 
+/// A job under way.
+#[derive(Debug)]
+struct Running {
+    job: Job,
+    /// What was told of it last.
+    told: String,
+    /// What the gate refused it with.
+    refusal: Option<String>,
+}
+
 /// The jobs under way.
 #[derive(Debug, Default)]
 pub(super) struct Jobs {
-    running: BTreeMap<u32, (Job, Option<String>)>,
+    running: BTreeMap<u32, Running>,
 }
 
 impl Jobs {
     /// Takes a job in; returns the id of its effect.
     pub(super) fn begin(&mut self, job: Job) -> ActionId {
         let id = FIRST_EFFECT + u64::from(job.number);
-        self.running.insert(job.number, (job, None));
+        self.running.insert(job.number, Running { job, told: String::new(), refusal: None });
         id
     }
 
-    /// The loads of an instance that are under way.
-    pub(super) fn loads_of(&self, instance: &Instance) -> Vec<u32> {
-        let of = |(job, _): &&(Job, Option<String>)| job.instance == *instance && job.kind == JobKind::Load;
-        self.running.values().filter(of).map(|(job, _)| job.number).collect()
+    fn loads_of<'a>(&'a mut self, instance: &'a Instance) -> impl Iterator<Item = &'a mut Running> {
+        let of = move |r: &&mut Running| r.job.instance == *instance && r.job.kind == JobKind::Load;
+        self.running.values_mut().filter(of)
+    }
+
+    /// The loads of an instance that have not been told this last.
+    pub(super) fn news_for_loads(&mut self, instance: &Instance, text: &str) -> Vec<u32> {
+        let new = self.loads_of(instance).filter(|running| running.told != text);
+        let told = new.map(|running| {
+            text.clone_into(&mut running.told);
+            running.job.number
+        });
+        told.collect()
     }
 
     /// Remembers that the gate refused the instance, and why.
     pub(super) fn refused(&mut self, instance: &Instance, why: &str) {
-        for (job, refusal) in self.running.values_mut() {
-            if job.instance == *instance && job.kind == JobKind::Load {
-                *refusal = Some(why.to_owned());
-            }
+        for running in self.loads_of(instance) {
+            running.refusal = Some(why.to_owned());
         }
     }
 
     /// The job whose effect has ended, its result and a sentence; none when `id` is no job's.
     pub(super) fn end(&mut self, id: ActionId, outcome: &Outcome) -> Option<(Job, JobResult, String)> {
         let number = u32::try_from(id.checked_sub(FIRST_EFFECT)?).ok()?;
-        let (job, refusal) = self.running.remove(&number)?;
+        let Running { job, refusal, .. } = self.running.remove(&number)?;
         Some(match (outcome, refusal) {
             (Outcome::Done, _) => (job, JobResult::Done, String::new()),
             (Outcome::Failed(_), Some(why)) => (job, JobResult::Refused, why),
@@ -116,8 +133,10 @@ mod tests {
         let mut jobs = Jobs::default();
         let load = jobs.begin(job(1, JobKind::Load));
         let unload = jobs.begin(job(2, JobKind::Unload));
-        assert_eq!(jobs.loads_of(&"a".parse().unwrap()), [1]);
-        jobs.refused(&"a".parse().unwrap(), "too large");
+        let a = "a".parse().unwrap();
+        assert_eq!(jobs.news_for_loads(&a, "loading"), [1]);
+        assert!(jobs.news_for_loads(&a, "loading").is_empty(), "told already");
+        jobs.refused(&a, "too large");
         let failed = Outcome::Failed("exit code 75".into());
         assert_eq!(jobs.end(load, &failed).unwrap().1, JobResult::Refused);
         let (_, result, message) = jobs.end(unload, &failed).unwrap();

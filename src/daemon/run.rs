@@ -201,6 +201,7 @@ impl Daemon {
             Input::Event(Event::Done { id, outcome }) => self.done(id, outcome),
             Input::Event(event) => self.step(event),
             Input::Changed => self.step(Event::Tick),
+            Input::Said(instance, text) => self.tell_loads(&instance, &text),
             Input::Adopt(instance, invocation) => self.weigh_adoption(instance, invocation),
             Input::Command(command) => self.command(*command),
             Input::Weighed(weighed) => self.weighed(*weighed),
@@ -264,9 +265,7 @@ impl Daemon {
                 }
                 Action::Answer { ticket, answer } => self.answer(ticket, answer),
                 Action::Progress { instance, text } => {
-                    for job in self.jobs.loads_of(&instance) {
-                        self.tell(Publication::JobProgress(job, text.clone()));
-                    }
+                    self.tell_loads(&instance, &text);
                     self.tell(Publication::Progress(instance, text));
                 }
                 Action::AboutToEvict { instance, for_instance } => {
@@ -297,6 +296,13 @@ impl Daemon {
             let _ = sender.send(Input::Event(Event::Done { id, outcome }));
         };
         self.parts.ports.perform(id, effect, Box::new(done));
+    }
+
+    /// Tells those who follow a load of the instance where it is, unless they know.
+    pub(super) fn tell_loads(&mut self, instance: &Instance, text: &str) {
+        for job in self.jobs.news_for_loads(instance, text) {
+            self.tell(Publication::JobProgress(job, text.to_owned()));
+        }
     }
 
     pub(super) fn tell(&self, publication: Publication) {

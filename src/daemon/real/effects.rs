@@ -88,9 +88,11 @@ impl Effects {
         let status = self.units.refresh(&self.systemd, instance).await;
         let Err(error) = started else { return Ok(()) };
         // What the unit says of itself is closer to the cause than systemd's word for it.
-        let said = status.ok().map(|status| status.status_text).filter(|said| !said.is_empty());
-        Err(match (&error, said) {
-            (SystemdError::Job { .. }, Some(said)) => format!("{instance} did not start: {said}"),
+        let status = status.ok().filter(|status| !status.status_text.is_empty());
+        Err(match (&error, status) {
+            (SystemdError::Job { .. }, Some(status)) => {
+                format!("{instance} did not start ({}): {}", status.result, status.status_text)
+            }
             _ => format!("{instance} did not start: {error}"),
         })
     }

@@ -169,8 +169,17 @@ pub async fn follow(
             next = events.try_recv().ok();
         }
         for instance in changed {
-            if let Err(error) = units.refresh(&systemd, &instance).await {
-                tracing::warn!("the state of {} is not known: {error}", instance.unit());
+            let before = units.get(&instance).map(|status| status.status_text);
+            match units.refresh(&systemd, &instance).await {
+                Ok(status)
+                    if status.state == UnitState::Activating
+                        && before.as_ref() != Some(&status.status_text) =>
+                {
+                    // Where it is, for whoever follows its load.
+                    let _ = inputs.send(Input::Said(instance, status.status_text));
+                }
+                Ok(_) => {}
+                Err(error) => tracing::warn!("the state of {} is not known: {error}", instance.unit()),
             }
         }
         if jobs && let Err(error) = units.refresh_jobs(&systemd).await {
