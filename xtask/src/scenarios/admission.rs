@@ -85,12 +85,17 @@ pub fn impossible_is_refused(lab: &mut Lab) -> Result<()> {
     lab.serve("small", 8001)?;
     let before = lab.main_pid("small")?;
     let shown = lab.refused("impossible", 75, &["GiB"])?;
-    // 40 GB of weights are 37.3 GiB; the KV cache and buffers come on top.
-    let line = shown.lines().find(|line| line.contains("GiB") && line.contains("impossible"));
+    // The line says what the file takes and a little for cache and buffers, and its sum is right.
+    let file = Bytes(lab.guest.ok("stat -c %s /srv/models/impossible.gguf")?.parse()?);
+    let plan = lab.plan("impossible")?;
+    let Some(refusal) = plan.refusal else { anyhow::bail!("no refusal in the plan: {}", plan.text) };
+    let needed = refusal.needed_bytes;
+    ensure!(needed > file && needed < file + Bytes::gib(1), "needed {needed} for a file of {file}");
     ensure!(
-        line.is_some_and(|line| line.contains("37.") || line.contains("38.")),
-        "no arithmetic in:\n{shown}"
+        refusal.free_bytes + refusal.evictable_bytes + refusal.short_bytes == needed,
+        "the sum is wrong: {refusal:?}"
     );
+    ensure!(shown.contains(&format!("needs {needed}")), "{needed} is not in:\n{shown}");
     ensure!(lab.main_pid("small")? == before, "small was stopped for it");
     lab.guest.completion(8001)?;
     let peak: u64 = lab.property("impossible", "MemoryPeak")?.parse().unwrap_or(0);
