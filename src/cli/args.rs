@@ -256,7 +256,7 @@ pub struct Unpin {
     pub names: Vec<String>,
 }
 
-/// Show the daemon's mode, or set it until it restarts
+/// Show the daemon's mode, or set it until it is reloaded or the machine restarts
 ///
 /// In observe mode it admits everything, acts on nothing and logs what it would have done.
 #[derive(Args, Debug)]

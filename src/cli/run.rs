@@ -29,8 +29,6 @@ use crate::engine::{self, Purpose};
 /// which GPU runtimes choose devices and kinds of memory.
 const RELEVANT: [&str; 10] =
     ["LLAMA_ARG_", "GGML_", "HSA_", "HIP_", "ROCR_", "CUDA_", "GPU_", "AMD_", "VK_", "MESA_"];
-/// Parts of names that sound like a secret: those never go over the bus.
-const SECRET: [&str; 5] = ["KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL"];
 
 pub(super) fn run(common: &Common, args: &Run) -> Result<Exit, Failure> {
     let notify = Notifier::from_environment();
@@ -76,14 +74,18 @@ fn gate(common: &Common, args: &Run, notify: &Notifier) -> Result<Admitted, Fail
         }
     };
     let bus = super::bus_address(common);
-    super::block_on(async {
+    let (argv, mut environment) = super::block_on(async {
         gate::ask(bus.as_deref(), &question, Patience::NORMAL, &mut say).await.map_err(|error| match error {
             CallError::Unreachable(_) => {
                 Failure::new(Exit::Unavailable, format!("{name} was not admitted: {error}"))
             }
             error => error.into(),
         })
-    })
+    })?;
+    // What sounds like a secret never goes over the bus.
+    let secret = model.environment.0.iter().filter(|(name, _)| config::sounds_secret(name));
+    environment.extend(secret.map(|(name, value)| (name.clone(), value.clone())));
+    Ok((argv, environment))
 }
 
 /// The unit's status line. Nothing depends on it: a service manager that does not listen shows less.
@@ -119,7 +121,7 @@ fn check(
 fn relevant(all: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
     all.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .filter(|(name, _)| RELEVANT.iter().any(|prefix| name.starts_with(prefix)))
-        .filter(|(name, _)| !SECRET.iter().any(|part| name.contains(part)))
+        .filter(|(name, _)| !config::sounds_secret(name))
         .collect()
 }
 

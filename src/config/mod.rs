@@ -26,7 +26,7 @@ pub use daemon::{Adopted, Daemon, EngineSource, Mode, Peers, Reserve, Swap};
 pub use instance::{Instance, ModelName, NameError};
 pub use model::{
     DEFAULT_CACHE_TYPE, DEFAULT_ENGINE, DEFAULT_HOST, DEFAULT_PORT, DEFAULT_PRIORITY, DEFAULT_STALL_TIMEOUT,
-    Environment, Given, GpuLayers, Model, Oversize, PromptCache, Workload,
+    Environment, Given, GpuLayers, Model, Oversize, PromptCache, Workload, sounds_secret,
 };
 pub use problem::{Place, Problem, Severity, nearest, quoted};
 

@@ -79,7 +79,7 @@ impl Environment {
     fn shown(&self) -> BTreeMap<&str, &str> {
         self.0
             .iter()
-            .map(|(name, value)| (&**name, if secret(name) { "(hidden)" } else { &**value }))
+            .map(|(name, value)| (&**name, if sounds_secret(name) { "(hidden)" } else { &**value }))
             .collect()
     }
 }
@@ -96,7 +96,9 @@ impl Serialize for Environment {
     }
 }
 
-fn secret(name: &str) -> bool {
+/// Whether a variable's name sounds like a secret: its value is shown nowhere and sent nowhere.
+#[must_use]
+pub fn sounds_secret(name: &str) -> bool {
     let name = name.to_ascii_uppercase();
     ["KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL"].iter().any(|part| name.contains(part))
 }

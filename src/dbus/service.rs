@@ -14,7 +14,7 @@ use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant, interface};
 use super::authorize::{Authority, CONFIGURE, MANAGE_MODELS};
 use super::error::{Error, Kind};
 use super::{PATH, peer};
-use crate::config::Instance;
+use crate::config::{Instance, sounds_secret};
 use crate::daemon::{Asking, Fault, Handle, Job, Publication};
 use crate::os::release_memory;
 use crate::policy::{Mode, RefusalKind};
@@ -229,8 +229,8 @@ impl Manager {
         let asker = asking.prove(peer::of(connection, &header).await?, instance).await?;
         let known = |name: &String| VARIABLES.iter().any(|prefix| name.starts_with(prefix));
         // A key may be given to llama-server this way; it stays with the unit.
-        let secret = |name: &String| name.contains("KEY") || name.contains("TOKEN");
-        let environment = environment.into_iter().filter(|(name, _)| known(name) && !secret(name)).collect();
+        let environment =
+            environment.into_iter().filter(|(name, _)| known(name) && !sounds_secret(name)).collect();
         let launch = self.handle.admit(asker, self::files(files), environment, engine).await?;
         Ok((launch.argv, launch.environment))
     }

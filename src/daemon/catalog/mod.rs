@@ -292,7 +292,10 @@ impl Catalog for RealCatalog {
             )
             .map_err(config_error)?
         };
-        Ok(Launch { argv: launch.argv, environment: launch.environment })
+        // Those stay off the bus: `plimsoll run` reads them from the configuration itself.
+        let environment =
+            launch.environment.into_iter().filter(|(name, _)| !config::sounds_secret(name)).collect();
+        Ok(Launch { argv: launch.argv, environment })
     }
 }
 
