@@ -84,6 +84,9 @@ impl Core {
 
     /// Goes on with the active request, or takes the next one, until something has to be waited for.
     pub(super) fn proceed(&mut self, machine: &Machine, now: u64, out: &mut Vec<Action>) {
+        if let Some(active) = self.active.as_mut().filter(|active| matches!(active.stage, Stage::Others)) {
+            active.stage = Stage::Plan;
+        }
         loop {
             let Some(active) = self.active.take().or_else(|| self.next(machine, now, out)) else { return };
             match active.stage {
@@ -93,7 +96,7 @@ impl Core {
                         return;
                     }
                 }
-                Stage::Effect(_) | Stage::Stop { .. } | Stage::Limit(_) => {
+                Stage::Effect(_) | Stage::Stop { .. } | Stage::Limit(_) | Stage::Others => {
                     self.active = Some(active);
                     return;
                 }
@@ -128,19 +131,24 @@ impl Core {
         match plan(&first.request, self.situation(machine, now)) {
             Planned::Wait(wait) if now < first.arrived + PATIENCE => {
                 self.wake_at(first.arrived + PATIENCE);
-                let on: Vec<String> = wait
-                    .on
-                    .iter()
-                    .map(|i| match self.holders.get(i).map(|r| r.phase) {
-                        Some(Phase::Stopping) => format!("{i} is stopping"),
-                        _ => format!("{i} is still loading"),
-                    })
-                    .collect();
-                self.tell(0, format!("waiting: {}", on.join(", ")), out);
+                let text = self.waits_for(&wait.on);
+                self.tell(0, text, out);
                 None
             }
             _ => Some(Active { pending: self.pending.remove(0), steps: Vec::new(), stage: Stage::Plan }),
         }
+    }
+
+    /// What a wait is told as.
+    fn waits_for(&self, on: &[Instance]) -> String {
+        let on: Vec<String> = on
+            .iter()
+            .map(|i| match self.holders.get(i).map(|r| r.phase) {
+                Some(Phase::Stopping) => format!("{i} is stopping"),
+                _ => format!("{i} is still loading"),
+            })
+            .collect();
+        format!("waiting: {}", on.join(", "))
     }
 
     fn refused_since(&self, instance: &Instance, since: u64) -> bool {
@@ -183,6 +191,15 @@ impl Core {
             Planned::Wait(wait) if now >= active.pending.arrived + PATIENCE => {
                 let refusal = self.timed_out(&active.pending.request, machine, now, wait.on);
                 self.refuse(active, refusal, now, out);
+            }
+            Planned::Wait(wait) if active.steps.iter().any(|step| matches!(step, Step::Stop { .. })) => {
+                let text = self.waits_for(&wait.on);
+                self.wake_at(active.pending.arrived + PATIENCE);
+                if active.pending.told != text {
+                    self.say(&mut active, text, out);
+                }
+                active.stage = Stage::Others;
+                self.active = Some(active);
             }
             Planned::Wait(_) => {
                 self.holders.remove(&active.pending.request.instance);

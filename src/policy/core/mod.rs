@@ -184,6 +184,8 @@ struct Active {
 enum Stage {
     /// Its next step is to be planned.
     Plan,
+    /// Others, to finish loading or stopping. It keeps its turn, for models were stopped for it.
+    Others,
     /// The outcome of an effect.
     Effect(ActionId),
     /// The outcome of stopping this model, which was expected to free some bytes.
