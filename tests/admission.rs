@@ -1,6 +1,6 @@
 //! The decisions on simulated machines, in virtual time: what is stopped for what, what is refused,
 //! what comes back.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use plimsoll::bytes::Bytes;
 use plimsoll::ledger::UnitState;
@@ -313,4 +313,13 @@ fn a_gtt_smaller_than_memory_binds_by_itself() {
     assert!(line.contains("of GPU memory") && line.contains("swap can't help"), "{line}");
     s.start("c").run(30);
     assert_eq!(s.running(), ["a", "c"], "there was memory all along");
+}
+
+#[test]
+fn a_refusal_can_be_explained_after_a_restart_of_the_daemon() {
+    let mut s = machine("big = { weights = '160GiB', placement = 'anonymous' }");
+    s.start("big").run(10);
+    s.restart_daemon();
+    let last = s.core.decisions().next_back().expect("a decision");
+    assert_eq!((last.kind, last.instance.to_string()), (Kind::Refuse, "big".to_owned()));
 }

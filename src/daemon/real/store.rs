@@ -1,6 +1,6 @@
 //! The files in which the daemon remembers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
@@ -12,7 +12,7 @@ use crate::config::{Instance, ModelName};
 use crate::daemon::state::{Durable, Store};
 use crate::ledger::Reservation;
 use crate::policy::core::{Leak, Owed};
-use crate::policy::{Mode, Saved};
+use crate::policy::{Decision, Mode, Saved};
 
 /// What holds for one boot: under /run.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -21,6 +21,7 @@ struct Ledger {
     boot: String,
     holders: BTreeMap<Instance, Reservation>,
     leaks: Vec<Leak>,
+    decisions: VecDeque<Decision>,
     mode: Option<Mode>,
 }
 
@@ -60,8 +61,13 @@ impl Files {
         let ledger: Ledger = read(&self.ledger);
         let lasting: Lasting = read(&self.lasting);
         let same_boot = ledger.boot == self.boot;
-        let saved =
-            Saved { holders: ledger.holders, leaks: ledger.leaks, owed: lasting.owed, pins: lasting.pins };
+        let saved = Saved {
+            holders: ledger.holders,
+            leaks: ledger.leaks,
+            decisions: ledger.decisions,
+            owed: lasting.owed,
+            pins: lasting.pins,
+        };
         (Durable { saved, mode: ledger.mode.filter(|_| same_boot) }, same_boot)
     }
 
@@ -88,6 +94,7 @@ impl Store for Files {
             boot: self.boot.clone(),
             holders: saved.holders,
             leaks: saved.leaks,
+            decisions: saved.decisions,
             mode: durable.mode,
         };
         let lasting = Lasting { owed: saved.owed, pins: saved.pins };

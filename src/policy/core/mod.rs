@@ -126,6 +126,8 @@ pub struct Saved {
     pub pins: BTreeMap<ModelName, bool>,
     /// Memory that stopped models did not give back; valid for this boot only.
     pub leaks: Vec<Leak>,
+    /// The latest decisions, oldest first; valid for this boot only.
+    pub decisions: VecDeque<Decision>,
 }
 
 /// An evicted model that is owed a return.
@@ -231,6 +233,7 @@ impl Core {
                 reservation.phase = Phase::Running;
             }
             core.leaks = saved.leaks;
+            core.decisions = saved.decisions;
         }
         core
     }
@@ -337,6 +340,7 @@ impl Core {
             owed: self.owed.clone(),
             pins: self.pins.clone(),
             leaks: self.leaks.clone(),
+            decisions: self.decisions.clone(),
         }
     }
 
