@@ -25,11 +25,6 @@ use crate::dbus::proxy::Admitted;
 use crate::dbus::{BUS_ADDRESS_VARIABLE, CallError};
 use crate::engine::{self, Purpose};
 
-/// Variables that change what an engine takes, by their beginnings: llama.cpp's own, and those by
-/// which GPU runtimes choose devices and kinds of memory.
-const RELEVANT: [&str; 10] =
-    ["LLAMA_ARG_", "GGML_", "HSA_", "HIP_", "ROCR_", "CUDA_", "GPU_", "AMD_", "VK_", "MESA_"];
-
 pub(super) fn run(common: &Common, args: &Run) -> Result<Exit, Failure> {
     let notify = Notifier::from_environment();
     let failed = |failure: Failure| {
@@ -120,8 +115,7 @@ fn check(
 /// The variables that change what an engine takes.
 fn relevant(all: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
     all.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .filter(|(name, _)| RELEVANT.iter().any(|prefix| name.starts_with(prefix)))
-        .filter(|(name, _)| !config::sounds_secret(name))
+        .filter(|(name, _)| engine::is_relevant_variable(name))
         .collect()
 }
 

@@ -14,7 +14,7 @@ use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant, interface};
 use super::authorize::{Authority, CONFIGURE, MANAGE_MODELS};
 use super::error::{Error, Kind};
 use super::{PATH, peer};
-use crate::config::{Instance, sounds_secret};
+use crate::config::Instance;
 use crate::daemon::{Asking, Fault, Handle, Job, Publication};
 use crate::os::release_memory;
 use crate::policy::{Mode, RefusalKind};
@@ -22,10 +22,6 @@ use crate::ports::CatalogError;
 
 /// A call has at most this many files, variables, contexts and names; real ones have a few.
 const LONGEST: usize = 1100;
-/// Variables that `Admit` takes: what changes what an engine takes. Anything else is none of the
-/// daemon's business, and may be a secret.
-const VARIABLES: [&str; 10] =
-    ["LLAMA_ARG_", "GGML_", "HSA_", "HIP_", "ROCR_", "CUDA_", "GPU_", "AMD_", "VK_", "MESA_"];
 
 /// What models take, as the JSON of `plimsoll fit`; for the daemon's own machine. May block.
 pub trait Quotes: Send + Sync {
@@ -227,10 +223,9 @@ impl Manager {
             return Err(Error::new(Kind::NotTheUnit, why));
         };
         let asker = asking.prove(peer::of(connection, &header).await?, instance).await?;
-        let known = |name: &String| VARIABLES.iter().any(|prefix| name.starts_with(prefix));
-        // A key may be given to llama-server this way; it stays with the unit.
+        // Anything else is none of the daemon's business, and may be a secret.
         let environment =
-            environment.into_iter().filter(|(name, _)| known(name) && !sounds_secret(name)).collect();
+            environment.into_iter().filter(|(name, _)| crate::engine::is_relevant_variable(name)).collect();
         let launch = self.handle.admit(asker, self::files(files), environment, engine).await?;
         Ok((launch.argv, launch.environment))
     }

@@ -27,3 +27,15 @@ pub use launch::Launch;
 pub use locate::{DIRECTORIES, check_executable, locate};
 pub use mounts::{directories, drop_in};
 pub use version::Version;
+
+/// Variables that change what an engine takes, by their beginnings: llama.cpp's own, and those by
+/// which GPU runtimes choose devices and kinds of memory.
+const VARIABLES: [&str; 10] =
+    ["LLAMA_ARG_", "GGML_", "HSA_", "HIP_", "ROCR_", "CUDA_", "GPU_", "AMD_", "VK_", "MESA_"];
+
+/// Whether a variable of this name changes what an engine takes, and may go over the bus: a key
+/// can be given to llama-server by a variable too, and stays with the unit.
+#[must_use]
+pub fn is_relevant_variable(name: &str) -> bool {
+    VARIABLES.iter().any(|prefix| name.starts_with(prefix)) && !crate::config::sounds_secret(name)
+}
