@@ -42,8 +42,12 @@ impl Unit {
     }
 
     fn command(&self, verb: &str) -> Command {
+        self.command_of(verb, "x")
+    }
+
+    fn command_of(&self, verb: &str, instance: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_plimsoll"));
-        command.args([verb, "x", "--bus", &self.address, "--root"]).arg(&self.root);
+        command.args([verb, instance, "--bus", &self.address, "--root"]).arg(&self.root);
         command.env_clear().env("NOTIFY_SOCKET", self.root.join("notify")).stdin(Stdio::null());
         command
     }
@@ -145,6 +149,20 @@ fn a_refusal_is_one_line_and_its_exit_code() {
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(said.lines().next(), Some(format!("plimsoll: {refusal}").as_str()));
         assert!(unit.messages().contains(&format!("STATUS={refusal}")));
+    }
+}
+
+#[test]
+fn a_unit_named_after_an_alias_is_told_the_models_name() {
+    let Some(unit) = Unit::new("alias", &format!("aliases = [\"ex\"]\n{ANY}")) else { return };
+    for (alias, model) in [("ex", "x"), ("ex@2", "x@2")] {
+        let output = unit.command_of("run", alias).output().unwrap();
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(78), 0), "{alias}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        let sentence =
+            format!("plimsoll: '{alias}' is an alias of {model}, and a unit has to be named after the model");
+        assert_eq!(said.lines().next(), Some(sentence.as_str()));
+        assert!(said.contains(&format!("systemctl start llm@{model}.service")), "{said}");
     }
 }
 

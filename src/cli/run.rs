@@ -45,6 +45,7 @@ fn gate(common: &Common, args: &Run, notify: &Notifier) -> Result<Admitted, Fail
     let loaded = config::load(&args.root.root);
     let (instance, model) =
         loaded.instance(&args.instance).map_err(|error| Failure::config(error.to_string()))?;
+    called_by_name(&args.instance, &instance)?;
     let environment = relevant(std::env::vars_os());
     let daemon = loaded.settings.clone().unwrap_or_default();
     let (files, program) = check(&instance, model, &daemon, &environment)?;
@@ -81,6 +82,18 @@ fn gate(common: &Common, args: &Run, notify: &Notifier) -> Result<Admitted, Fail
     let secret = model.environment.0.iter().filter(|(name, _)| config::sounds_secret(name));
     environment.extend(secret.map(|(name, value)| (name.clone(), value.clone())));
     Ok((argv, environment))
+}
+
+/// A unit is of the model that it is named after: another one would be a second process of it that
+/// the daemon knows nothing of.
+fn called_by_name(asked: &str, instance: &Instance) -> Result<(), Failure> {
+    if asked.parse().is_ok_and(|asked: Instance| asked == *instance) {
+        return Ok(());
+    }
+    Err(Failure::config(format!(
+        "'{asked}' is an alias of {instance}, and a unit has to be named after the model"
+    ))
+    .hint(format!("use 'systemctl start {}'", instance.unit())))
 }
 
 /// The unit's status line. Nothing depends on it: a service manager that does not listen shows less.
