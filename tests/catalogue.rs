@@ -93,7 +93,12 @@ fn estimates_are_those_of_the_measured_headers() {
                     );
                     assert_eq!(measured.bytes.output_bytes, ours.bytes.output_bytes, "{name} output");
                     if exact {
-                        assert_eq!(measured.split, ours.split, "{name} at {context}");
+                        // The process depends on the vocabulary's texts, which only a whole header has.
+                        let buffers = |estimate: &fit::Estimate| {
+                            let host = estimate.split.host;
+                            (estimate.split.gpu, host.weights_bytes, host.compute_bytes)
+                        };
+                        assert_eq!(buffers(&measured), buffers(&ours), "{name} at {context}");
                     }
                 }
             }

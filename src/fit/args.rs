@@ -405,10 +405,34 @@ fn apply(
             let file = |p: &str| PathBuf::from(p.rsplit_once(':').map_or(p, |(file, _)| file));
             s.adapters.extend(v.value.split(',').map(file));
         }
+        "--control-vector" => {
+            s.control_vector = true;
+            p.files.extend(v.value.split(',').map(PathBuf::from));
+        }
+        "--control-vector-scaled" => {
+            let file = |part: &str| PathBuf::from(part.rsplit_once(':').map_or(part, |(file, _)| file));
+            s.control_vector = true;
+            p.files.extend(v.value.split(',').map(file));
+        }
         "--mmproj-offload" => s.mmproj_offload = on,
+        "--image-max-tokens" => {
+            s.image_max_tokens = u64::try_from(v.number::<i64>(WHOLE)?).ok().filter(|n| *n > 0);
+        }
+        "--spec-ngram-mod-n-max"
+        | "--spec-ngram-simple-size-m"
+        | "--spec-ngram-map-k-size-m"
+        | "--spec-ngram-map-k4v-size-m" => {
+            let kind = flag.name().trim_start_matches("--spec-");
+            let kind = kind.trim_end_matches("-n-max").trim_end_matches("-size-m").to_owned();
+            s.ngram_tokens.insert(kind, v.number(COUNT)?);
+        }
         "--spec-type" => s.speculative = v.value.split(',').map(str::to_owned).collect(),
         "--spec-draft-type-k" => s.draft.cache_type_k = v.cache_type()?,
         "--spec-draft-type-v" => s.draft.cache_type_v = v.cache_type()?,
+        "--spec-draft-device" => {
+            let names: Vec<String> = v.value.split(',').map(str::to_owned).collect();
+            s.draft.devices = Some(if v.value == "none" { Vec::new() } else { names });
+        }
         "--spec-draft-ngl" => s.draft.gpu_layers = v.layers()?,
         "--spec-draft-n-max" => s.draft.tokens = v.number(COUNT)?,
         "--spec-draft-n-ubatch" => s.draft.ubatch = v.number(COUNT)?,
@@ -428,7 +452,6 @@ fn apply(
         | "--api-key-file"
         | "--ssl-key-file"
         | "--ssl-cert-file"
-        | "--control-vector"
         | "--lookup-cache-static" => p.files.push(v.value.into()),
         _ => return Ok(()),
     }

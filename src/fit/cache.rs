@@ -87,7 +87,9 @@ impl Shape {
         let window_cells = if settings.swa_full { cells } else { window_cells };
         // Grok's attention can't be fused: the engine turns that off.
         let flash_attention = settings.flash_attention != FlashAttention::Off && facts.architecture != "grok";
-        let outputs = if settings.embedding { batch } else { batch.min(u64::from(slots)) };
+        // Each slot has the token that it samples, and those that were drafted for it.
+        let sampled = u64::from(slots).saturating_mul(1 + settings.drafted());
+        let outputs = if settings.embedding { batch } else { batch.min(sampled) };
         let shape = Self {
             context,
             cells,
@@ -174,7 +176,8 @@ pub(super) fn cache(
         }
         if layer.recurrent {
             let floats = facts.state.rolling.saturating_add(facts.state.recurrent);
-            held.state = held.state.saturating_add(floats.saturating_mul(4 * u64::from(shape.slots)));
+            let states = u64::from(shape.slots).saturating_mul(1 + settings.rollback());
+            held.state = held.state.saturating_add(floats.saturating_mul(4).saturating_mul(states));
         }
     }
     Ok(cached)

@@ -83,5 +83,8 @@ fn bound(facts: &Facts, shape: &Shape) -> u64 {
 /// The buffer of logits, one row for each slot; embeddings too where they are asked for.
 fn output(facts: &Facts, settings: &Settings, shape: &Shape) -> u64 {
     let row = facts.vocabulary + if settings.embedding { facts.embedding } else { 0 };
-    row.saturating_mul(4 * u64::from(shape.slots))
+    // Beside embeddings the logits of a batch aren't kept; drafted tokens have theirs.
+    let rows =
+        if settings.embedding { u64::from(shape.slots) } else { shape.outputs.max(u64::from(shape.slots)) };
+    row.saturating_mul(4).saturating_mul(rows)
 }

@@ -2,7 +2,8 @@
 
 use super::FitError;
 use super::arch::{Arch, Indexer, Recurrent, Window};
-use super::hyper::{Hyper, Kinds};
+use super::beside::Beside;
+use super::hyper::{Hyper, Kinds, texts};
 use crate::gguf::{Array, Model, TensorType};
 
 /// llama.cpp's limit on layers.
@@ -129,8 +130,13 @@ pub struct Facts {
     pub groups: Vec<Group>,
     /// How many files there are.
     pub shards: usize,
+    /// What is loaded beside it; set by whoever opens those files.
+    pub beside: Beside,
+    /// Bytes of its largest tensor.
+    pub(super) largest: u64,
+    /// Entries of its vocabulary and of its table of merges.
+    pub(super) texts: (u64, u64),
     pub(super) named: Vec<Named>,
-    /// Tensors that are loaded.
     pub(super) tensor_count: u64,
     pub(super) kinds: Kinds,
     pub(super) hyper: Hyper,
@@ -208,10 +214,9 @@ impl Facts {
         let head_of = |key: &str, default: u64| keys.get(key).unwrap_or(default);
         let heads = layers.first().map_or(0, |l| l.heads);
         let by_heads = embedding.checked_div(heads).unwrap_or(0);
-        let head = if heads == 0 {
-            (0, 0)
-        } else {
-            (head_of("attention.key_length", by_heads), head_of("attention.value_length", by_heads))
+        let head = match heads {
+            0 => (0, 0),
+            _ => (head_of("attention.key_length", by_heads), head_of("attention.value_length", by_heads)),
         };
         let head_windowed =
             (head_of("attention.key_length_swa", head.0), head_of("attention.value_length_swa", head.1));
@@ -238,6 +243,9 @@ impl Facts {
             tied: None,
             groups: Vec::new(),
             shards: model.shards().len(),
+            beside: Beside::default(),
+            largest: 0,
+            texts: texts(model),
             named: Vec::new(),
             tensor_count: 0,
             kinds: Kinds::new(model, all),
@@ -292,6 +300,7 @@ impl Facts {
             self.named.push(Named { name: name.to_owned(), group });
         }
         self.tensor_count = self.named.len() as u64;
+        self.largest = self.named.iter().map(|named| named.group.bytes).max().unwrap_or(0);
         self.tied = embedding.filter(|_| !has_output);
         let mut sorted: Vec<Group> = self.named.iter().map(|n| n.group.clone()).collect();
         sorted.sort_by_key(|g| (g.place, g.class, g.repackable, g.shard));

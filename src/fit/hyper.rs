@@ -1,6 +1,6 @@
 //! Dimensions that only the compute graph needs, and the tensors that layers have.
 
-use crate::gguf::{Model, Tensor, Value};
+use crate::gguf::{Array, Model, Tensor, Value};
 
 /// A layer's tensors, or those outside of layers: names behind `blk.N.` with dimensions and sizes, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -166,5 +166,15 @@ impl Hyper {
             temperature: number("attention.temperature_scale") != 0.0
                 || (architecture == "llama4" && get_option("attention.sliding_window") != Some(0)),
         }
+    }
+}
+
+/// Entries of the vocabulary and of the table of merges; what a header doesn't list is taken to be as
+/// long as the vocabulary.
+pub(super) fn texts(model: &Model) -> (u64, u64) {
+    let length = |key: &str| model.array(key).map(Array::len);
+    match length("tokenizer.ggml.tokens") {
+        Some(tokens) => (tokens, length("tokenizer.ggml.merges").unwrap_or(0)),
+        None => (model.vocab_size(), model.vocab_size()),
     }
 }

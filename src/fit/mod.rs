@@ -5,7 +5,9 @@
 
 mod arch;
 pub mod args;
+mod beside;
 mod cache;
+mod companions;
 mod compute;
 mod extras;
 mod facts;
@@ -20,7 +22,9 @@ mod weights;
 use serde::Serialize;
 
 pub use arch::Arch;
+pub use beside::{Adapter, Beside, Projector};
 pub use cache::Shape;
+pub use companions::BesideBytes;
 pub use facts::{Facts, Layer};
 pub use place::{Budget, Placement, max_context, place};
 pub use settings::{
@@ -47,6 +51,9 @@ pub enum FitError {
         /// What is wrong.
         problem: String,
     },
+    /// A file beside the model that is not what it should be.
+    #[error("{0}")]
+    Beside(String),
     /// Settings that the engine would refuse, or abort on.
     #[error("llama-server refuses these settings: {0}")]
     Rejected(String),
@@ -70,6 +77,8 @@ pub struct Parts {
     pub output_bytes: u64,
     /// Prompt cache, context checkpoints and the process itself.
     pub extras_bytes: u64,
+    /// Draft model, projector, adapters, control vector.
+    pub beside_bytes: u64,
     /// All of them.
     pub total_bytes: u64,
 }
@@ -84,6 +93,7 @@ impl Parts {
             self.compute_bytes,
             self.output_bytes,
             self.extras_bytes,
+            self.beside_bytes,
         ]
         .iter()
         .fold(0, |n: u64, part| n.saturating_add(*part));
@@ -98,6 +108,7 @@ impl Parts {
             compute_bytes: self.compute_bytes.saturating_add(other.compute_bytes),
             output_bytes: self.output_bytes.saturating_add(other.output_bytes),
             extras_bytes: self.extras_bytes.saturating_add(other.extras_bytes),
+            beside_bytes: self.beside_bytes.saturating_add(other.beside_bytes),
             total_bytes: 0,
         }
         .summed()
@@ -120,8 +131,19 @@ pub struct Extras {
     pub prompt_cache_bytes: u64,
     /// Context checkpoints of all slots at their most (`--ctx-checkpoints`).
     pub checkpoint_bytes: u64,
-    /// The process: code, vocabulary, buffers of the server.
+    /// The process: vocabulary, buffers of the server, page tables.
     pub runtime_bytes: u64,
+    /// What loading takes for a moment beyond everything that is there afterwards: a copy of a tensor.
+    pub loading_bytes: u64,
+}
+
+impl Extras {
+    /// All of it.
+    fn total(&self) -> u64 {
+        [self.prompt_cache_bytes, self.checkpoint_bytes, self.runtime_bytes, self.loading_bytes]
+            .iter()
+            .fold(0, |sum: u64, part| sum.saturating_add(*part))
+    }
 }
 
 /// What llama-server will allocate.
@@ -142,13 +164,16 @@ pub struct Estimate {
     pub bytes: Parts,
     /// Where they are.
     pub split: Split,
-    /// Each device's bytes, in the order of the devices used.
+    /// Each device's bytes, in the order of [`Devices::touched`].
     pub devices: Vec<Parts>,
     /// What `extras_bytes` is made of.
     pub extras: Extras,
-    /// Weights on the host that stay backed by the files: reclaimable, read again from disk.
+    /// What `beside_bytes` is made of.
+    pub beside: BesideBytes,
+    /// Weights on the host that stay backed by the files: reclaimable, read again from disk. Those of a
+    /// draft model too.
     pub mapped_bytes: u64,
-    /// `mapped_bytes` for each file.
+    /// `mapped_bytes` for each file of the model, and behind them of the draft model.
     pub mapped_by_shard: Vec<u64>,
     /// Weights on the host in anonymous memory.
     pub anonymous_weights_bytes: u64,
@@ -165,29 +190,44 @@ pub struct Estimate {
     pub notes: Vec<String>,
 }
 
-/// What llama-server will allocate for a model.
+/// What llama-server will allocate for a model and what is loaded beside it ([`Facts::beside`]).
 ///
 /// # Errors
-/// The settings are such that the engine would refuse them.
+/// The settings are such that the engine would refuse them, or nothing is known of what they ask for.
 pub fn estimate(facts: &Facts, settings: &Settings, devices: &Devices) -> Result<Estimate, FitError> {
+    if settings.speculative.iter().any(|kind| kind == "draft-mtp") {
+        return Err(FitError::Unknown(
+            "drafts from prediction layers (--spec-type draft-mtp) take memory that isn't worked out; declare it with \
+             the key memory"
+                .to_owned(),
+        ));
+    }
+    let mut estimate = alone(facts, settings, devices)?;
+    if !facts.beside.is_empty() || settings.control_vector {
+        companions::add(&mut estimate, facts, settings, devices)?;
+    }
+    Ok(estimate)
+}
+
+/// What llama-server will allocate for one model by itself.
+fn alone(facts: &Facts, settings: &Settings, devices: &Devices) -> Result<Estimate, FitError> {
     let used = devices.used(settings);
     let shape = Shape::new(facts, settings)?;
     let assigned = weights::assign(facts, settings, &used);
     let placed = weights::weights(facts, settings, &used, &assigned)?;
     let cached = cache::cache(facts, settings, &shape, &assigned, used.len())?;
     let computed = compute::compute(facts, settings, &shape, &assigned, &placed, &used)?;
-    let extras = extras::extras(facts, settings, &shape);
-
     let mut host = Parts {
         weights_bytes: placed.host_bytes(),
         kv_bytes: cached.host.kv,
         state_bytes: cached.host.state,
         compute_bytes: computed.host,
         output_bytes: computed.output,
-        extras_bytes: extras.prompt_cache_bytes + extras.checkpoint_bytes + extras.runtime_bytes,
-        total_bytes: 0,
+        ..Parts::default()
     };
-    host = host.summed();
+    let extras = extras::extras(facts, settings, &shape, &placed, &host);
+    host.extras_bytes = extras.total();
+    let host = host.summed();
     let per_device: Vec<Parts> = (0..used.len())
         .map(|i| {
             Parts {
@@ -202,6 +242,9 @@ pub fn estimate(facts: &Facts, settings: &Settings, devices: &Devices) -> Result
         .collect();
     let gpu = per_device.iter().fold(Parts::default(), |sum, part| sum.add(*part));
     let mut notes = computed.notes;
+    if settings.prompt_cache_mib.is_none() {
+        notes.push("the prompt cache has no limit (--cache-ram -1): 8 GiB are counted for it".to_owned());
+    }
     if !facts.known {
         notes.push(format!(
             "the architecture {} is unknown: all but the weights is a bound",
@@ -218,12 +261,13 @@ pub fn estimate(facts: &Facts, settings: &Settings, devices: &Devices) -> Result
         split: Split { gpu, host },
         devices: per_device,
         extras,
+        beside: BesideBytes::default(),
         mapped_bytes: placed.mapped_by_shard.iter().sum(),
         mapped_by_shard: placed.mapped_by_shard,
         anonymous_weights_bytes: placed.anonymous,
         repacked_bytes: placed.repacked,
         gpu_layers: assigned.count(),
-        exact: computed.exact && cached.exact && facts.known,
+        exact: computed.exact && cached.exact && facts.known && settings.prompt_cache_mib.is_some(),
         known: facts.known,
         notes,
     })

@@ -1,8 +1,15 @@
 //! Every llama-server setting that changes memory, with llama-server's own defaults.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use super::beside::Beside;
 use crate::gguf::TensorType;
+
+/// llama.cpp's defaults for drafts from the text itself (`common_params_speculative`).
+const NGRAM_TOKENS: u32 = 48;
+const NGRAM_MOD_TOKENS: u32 = 64;
+const NGRAM_CACHE_TOKENS: u32 = 8;
 
 /// Whether flash attention is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -91,6 +98,8 @@ pub struct Draft {
     pub cache_type_k: TensorType,
     /// The type of its V cache.
     pub cache_type_v: TensorType,
+    /// `--spec-draft-device`: names of devices to use; not given is those of the model.
+    pub devices: Option<Vec<String>>,
     /// How many of its layers are on the GPU.
     pub gpu_layers: GpuLayers,
     /// How many tokens are drafted at once.
@@ -106,6 +115,7 @@ impl Default for Draft {
         Self {
             cache_type_k: TensorType::F16,
             cache_type_v: TensorType::F16,
+            devices: None,
             gpu_layers: GpuLayers::Auto,
             tokens: 3,
             ubatch: 0,
@@ -180,10 +190,16 @@ pub struct Settings {
     pub metadata_overrides: Vec<(String, String)>,
     /// `--lora` and `--lora-scaled`: adapters.
     pub adapters: Vec<PathBuf>,
+    /// `--control-vector` or `--control-vector-scaled`: a vector is added in every layer.
+    pub control_vector: bool,
     /// `--mmproj-offload`: the projector is on the GPU.
     pub mmproj_offload: bool,
+    /// `--image-max-tokens`; none is the projector's own limit.
+    pub image_max_tokens: Option<u64>,
     /// Speculative decoding types that were asked for.
     pub speculative: Vec<String>,
+    /// Most tokens that the speculative types without a draft model draft at once, by the type.
+    pub ngram_tokens: BTreeMap<String, u32>,
     /// Settings of a draft model.
     pub draft: Draft,
 }
@@ -222,10 +238,40 @@ impl Default for Settings {
             threads: None,
             metadata_overrides: Vec::new(),
             adapters: Vec::new(),
+            control_vector: false,
             mmproj_offload: true,
+            image_max_tokens: None,
             speculative: Vec::new(),
+            ngram_tokens: BTreeMap::new(),
             draft: Draft::default(),
         }
+    }
+}
+
+impl Settings {
+    /// How many tokens are drafted at once for a slot, at the most: of all types that are used
+    /// (`common_speculative_n_max`). 0 without speculation.
+    #[must_use]
+    pub fn drafted(&self) -> u64 {
+        let of = |kind: &String| match kind.as_str() {
+            draft if draft.starts_with("draft-") => self.draft.tokens,
+            "ngram-cache" => NGRAM_CACHE_TOKENS,
+            "ngram-mod" => self.ngram_tokens.get(kind).copied().unwrap_or(NGRAM_MOD_TOKENS),
+            ngram if ngram.starts_with("ngram-") => {
+                self.ngram_tokens.get(kind).copied().unwrap_or(NGRAM_TOKENS)
+            }
+            _ => 0,
+        };
+        u64::from(self.speculative.iter().map(of).max().unwrap_or(0))
+    }
+
+    /// How many older recurrent states are kept beside the current one, to go back to when a draft
+    /// is rejected (`need_n_rs_seq`).
+    #[must_use]
+    pub fn rollback(&self) -> u64 {
+        const KEEPING: [&str; 4] = ["draft-mtp", "draft-eagle3", "draft-dflash", "draft-dspark"];
+        let keeps = self.speculative.iter().any(|kind| KEEPING.contains(&kind.as_str()));
+        if keeps { u64::from(self.draft.tokens) } else { 0 }
     }
 }
 
@@ -291,5 +337,25 @@ impl Devices {
             used = vec![used[main]];
         }
         used
+    }
+
+    /// Those that [`Devices::used`] leaves for the model, and behind them those that only a draft
+    /// model or a projector beside it is on: the order of [`super::Estimate::devices`].
+    #[must_use]
+    pub fn touched<'a>(&'a self, beside: &Beside, settings: &Settings) -> Vec<&'a Device> {
+        let mut touched = self.used(settings);
+        let mut add = |device: &'a Device| {
+            if !touched.iter().any(|d| d.name == device.name) {
+                touched.push(device);
+            }
+        };
+        if let (Some(_), Some(names)) = (&beside.draft, &settings.draft.devices) {
+            names.iter().filter_map(|n| self.list.iter().find(|d| d.name == *n)).for_each(&mut add);
+        }
+        if beside.projector.is_some() && settings.mmproj_offload {
+            // It takes the engine's first GPU, whatever --device says.
+            self.list.first().into_iter().for_each(&mut add);
+        }
+        touched
     }
 }

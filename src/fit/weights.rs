@@ -1,7 +1,7 @@
 //! Where weights go: layers over devices, overrides, repacking, mapping.
 
 use super::FitError;
-use super::facts::{Class, Facts, Group, Place};
+use super::facts::{Class, Facts, Group, Named, Place};
 use super::pattern::Pattern;
 use super::settings::{Device, DeviceKind, GpuLayers, LoadMode, Override, Settings};
 use crate::gguf::TensorType;
@@ -175,6 +175,23 @@ pub(super) fn weights(
         placing.tied(tied);
     }
     Ok(placing.placed)
+}
+
+/// Places the tensors of an adapter beside those of its model, whose names they bear: bytes on the
+/// host and on each device. They are never mapped nor repacked (`llama_adapter_lora_init_impl`).
+pub(super) fn adapter(
+    settings: &Settings,
+    used: &[&Device],
+    assigned: &Assigned,
+    tensors: &[Named],
+) -> Result<(u64, Vec<u64>), FitError> {
+    let rules = rules(settings, used)?;
+    let placed = Placed { devices: vec![0; used.len()], ..Placed::default() };
+    let mut placing = Placing { repacks: false, avx512: false, mapped: false, assigned, placed };
+    for named in tensors {
+        placing.put(&named.group, rules.iter().find_map(|r| r.applies(&named.group, Some(&named.name))));
+    }
+    Ok((placing.placed.anonymous, placing.placed.devices))
 }
 
 /// Whether weights on the host are mapped: not with a device that can't be loaded from a mapping (an APU).

@@ -1,5 +1,6 @@
 //! `plimsoll fit`: what a model takes at each context length, and whether it fits.
 
+mod beside;
 mod machine;
 mod quotes;
 mod report;
@@ -89,8 +90,11 @@ struct Pricer<'a> {
 
 impl<'a> Pricer<'a> {
     fn new(subject: &'a Subject, target: &'a Target) -> Result<Self, Failure> {
-        let facts = Facts::from_model(&subject.model).map_err(|error| subject.failure(&error))?;
+        let mut facts = Facts::from_model(&subject.model).map_err(|error| subject.failure(&error))?;
+        let (beside, more) = subject.beside.open()?;
+        facts.beside = beside;
         let files = subject.model.shards().iter().map(|shard| &shard.identity);
+        let files = files.map(|file| FileId { device: file.device, inode: file.inode });
         let room = &target.room.emptied;
         Ok(Self {
             facts,
@@ -101,7 +105,7 @@ impl<'a> Pricer<'a> {
                 unified: unified(&target.machine),
                 mapped_resident: subject.oversize != Oversize::Stream,
             },
-            files: files.map(|file| FileId { device: file.device, inode: file.inode }).collect(),
+            files: files.chain(more).collect(),
             subject,
             target,
         })
@@ -125,7 +129,7 @@ impl<'a> Pricer<'a> {
         let placement = fit::place(&self.facts, settings, &self.devices, &self.budget).map_err(failure)?;
         let mut estimate = placement.estimate;
         estimate.exact &= self.subject.has_exact_weights();
-        let used = self.devices.used(&placement.settings);
+        let used = self.devices.touched(&self.facts.beside, &placement.settings);
         let gpus: Vec<usize> = used
             .iter()
             .filter_map(|device| self.devices.list.iter().position(|d| d.name == device.name))

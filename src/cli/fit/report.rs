@@ -155,13 +155,14 @@ fn parameters(count: u64) -> String {
 /// A column of the table: its head, and what stands in it.
 type Column = (&'static str, fn(&Parts) -> u64);
 
-const COLUMNS: [Column; 6] = [
+const COLUMNS: [Column; 7] = [
     ("WEIGHTS", |parts| parts.weights_bytes),
     ("KV", |parts| parts.kv_bytes),
     ("STATE", |parts| parts.state_bytes),
     ("COMP", |parts| parts.compute_bytes),
     ("OUTPUT", |parts| parts.output_bytes),
     ("EXTRAS", |parts| parts.extras_bytes),
+    ("BESIDE", |parts| parts.beside_bytes),
 ];
 
 fn table(lines: &[Line], painter: Painter) -> String {
@@ -222,6 +223,19 @@ fn footnotes(subject: &Subject, lines: &[Line]) -> String {
     {
         let limit = Bytes(cache);
         say(format!("EXTRAS has {limit} for llama-server's prompt cache; '-- --cache-ram 0' leaves it out."));
+    }
+    if let Some(beside) = lines.last().map(|line| line.estimate.beside) {
+        let parts = [
+            ("the draft model", beside.draft_bytes),
+            ("the projector", beside.projector_bytes),
+            ("adapters", beside.adapter_bytes),
+            ("the control vector", beside.control_vector_bytes),
+        ];
+        let shown = parts.iter().filter(|(_, bytes)| *bytes > 0);
+        let shown: Vec<String> = shown.map(|(name, bytes)| format!("{} for {name}", Bytes(*bytes))).collect();
+        if !shown.is_empty() {
+            say(format!("TOTAL has {}.", shown.join(", ")));
+        }
     }
     let of = |verdict: Verdict| lines.iter().filter(move |line| line.judgement.verdict == verdict);
     if of(Verdict::FitsAfter).next().is_some() {

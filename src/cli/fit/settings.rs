@@ -37,7 +37,13 @@ pub fn all(settings: &Settings) -> Vec<(&'static str, Value)> {
         ("threads", auto(settings.threads.map(u64::from))),
         ("lora", json!(settings.adapters)),
         ("mmproj-offload", json!(settings.mmproj_offload)),
+        ("image-max-tokens", auto(settings.image_max_tokens)),
         ("spec-type", json!(settings.speculative)),
+        ("spec-draft-n-max", json!(settings.draft.tokens)),
+        ("spec-draft-type-k", json!(settings.draft.cache_type_k.name())),
+        ("spec-draft-type-v", json!(settings.draft.cache_type_v.name())),
+        ("spec-draft-ngl", gpu_layers(settings.draft.gpu_layers)),
+        ("spec-draft-device", json!(settings.draft.devices)),
     ]
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use super::beside::Named;
 use crate::catalogue::{self, Choice};
 use crate::cli::args::Fit;
 use crate::cli::failure::{Exit, Failure};
@@ -21,6 +22,8 @@ pub struct Subject {
     pub name: String,
     /// Its headers.
     pub model: Model,
+    /// The files beside it.
+    pub beside: Named,
     /// The settings.
     pub settings: Settings,
     /// Where each setting comes from that is not llama-server's default, by its flag's long name.
@@ -89,10 +92,15 @@ impl Subject {
     }
 
     /// A model in files that somebody else has opened, with arguments of theirs: neither files nor
-    /// variables of this process count.
+    /// variables of this process count, and files beside the model can't be named.
     pub fn opened(files: Vec<(PathBuf, File)>, arguments: &[String]) -> Result<Self, Failure> {
         let parsed =
             args::parse(arguments, &BTreeMap::new()).map_err(|error| Failure::failed(error.to_string()))?;
+        if let Some(path) = Named::by(&parsed).first() {
+            let shown = path.display();
+            return Err(Failure::failed(format!("{shown} would have to be opened here, and is not"))
+                .hint("'plimsoll fit' opens what is loaded beside a model as who calls it"));
+        }
         let name = files.first().and_then(|(path, _)| path.file_name());
         let name = name.map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let model = Model::from_files(files).map_err(|error| Failure::failed(error.to_string()))?;
@@ -186,6 +194,7 @@ impl Subject {
             name,
             model,
             sources: parsed.origins.iter().map(|(name, origin)| (name.clone(), source(origin))).collect(),
+            beside: Named::by(&parsed),
             settings: parsed.settings,
             passed_on: parsed.passed_on,
             configured: false,
@@ -217,6 +226,7 @@ impl Subject {
         let mut model_with = model.clone();
         model_with.engine_args.extend(arguments.iter().cloned());
         let effective = engine::effective(&model_with, variables).map_err(wrong)?;
+        let needed = engine::files(&model_with, Some(&effective)).map_err(wrong)?;
         let headers = Model::open(file).map_err(|error| Failure::config(error.to_string()))?;
         Ok(Self {
             name: model.name.to_string(),
@@ -226,6 +236,7 @@ impl Subject {
                 .iter()
                 .map(|(name, source)| (name.clone(), source.to_string()))
                 .collect(),
+            beside: Named::of(&needed),
             settings: effective.settings,
             passed_on: effective.passed_on,
             configured: true,

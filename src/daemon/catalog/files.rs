@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::action::page_cache::open_regular;
 use crate::engine::{NeededFile, Purpose};
-use crate::fit::{Facts, FitError};
+use crate::fit::{Adapter, Facts, FitError, Projector};
 use crate::gguf::{Identity, Model};
 use crate::ledger::FileId;
 use crate::ports::CatalogError;
@@ -27,7 +27,7 @@ pub(super) struct Known {
 }
 
 impl Known {
-    /// The files, in the order of the shards.
+    /// The files: the model's in the order of its shards, then the draft model's, then the others.
     pub fn files(&self) -> Vec<FileId> {
         self.identities.iter().map(|i| FileId { device: i.device, inode: i.inode }).collect()
     }
@@ -59,27 +59,40 @@ fn config(text: impl Into<String>) -> CatalogError {
     CatalogError::Config(text.into())
 }
 
-/// The model's files, opened: those that the asker could open, or else by us.
+/// A file of a model or beside it, opened.
+#[derive(Debug)]
+pub(super) struct Opened {
+    purpose: Purpose,
+    path: PathBuf,
+    file: File,
+}
+
+/// What is priced, in the order in which the files are known.
+const PRICED: [Purpose; 4] = [Purpose::Model, Purpose::Draft, Purpose::Projector, Purpose::Adapter];
+
+/// The files that are priced, opened: those that the asker could open, or else by us.
 ///
 /// What an asker hands over has to be what the configuration names, by device and inode: it is
 /// what the engine will open by name. (Whoever may replace files of the model may do so later as
 /// well; this is against mistakes and confusion.)
-pub(super) fn opened(
-    needed: &[NeededFile],
-    given: &[(PathBuf, File)],
-) -> Result<Vec<(PathBuf, File)>, CatalogError> {
-    let model = needed.iter().filter(|file| file.purpose == Purpose::Model);
-    let open = |path: &Path| open_regular(path, None).map_err(|error| config(error.to_string()));
-    if given.is_empty() {
-        return model.map(|file| Ok((file.path.clone(), open(&file.path)?))).collect();
+pub(super) fn opened(needed: &[NeededFile], given: &[(PathBuf, File)]) -> Result<Vec<Opened>, CatalogError> {
+    let open = |path: &Path| {
+        if given.is_empty() {
+            return open_regular(path, None).map_err(|error| config(error.to_string()));
+        }
+        same(path, given)?.try_clone().map_err(|error| config(error.to_string()))
+    };
+    if !given.is_empty() {
+        for file in needed.iter().filter(|file| file.purpose != Purpose::ApiKeys) {
+            same(&file.path, given)?;
+        }
     }
-    for file in needed.iter().filter(|file| file.purpose != Purpose::ApiKeys) {
-        same(&file.path, given)?;
-    }
-    model
-        .map(|file| {
-            let own = same(&file.path, given)?.try_clone().map_err(|error| config(error.to_string()))?;
-            Ok((file.path.clone(), own))
+    let of = |purpose: Purpose| needed.iter().filter(move |file| file.purpose == purpose);
+    let files = PRICED.into_iter().flat_map(of);
+    files
+        .map(|needed| {
+            let (purpose, path) = (needed.purpose, needed.path.clone());
+            Ok(Opened { purpose, file: open(&path)?, path })
         })
         .collect()
 }
@@ -100,34 +113,62 @@ fn same<'a>(path: &Path, given: &'a [(PathBuf, File)]) -> Result<&'a File, Catal
     Ok(file)
 }
 
-/// What is known of the model in these files; read once, while they stay the same.
+/// What is known of the model in these files, and of what is loaded beside it; read once, while they
+/// stay the same.
 pub(super) fn known(
     headers: &std::sync::Mutex<Headers>,
-    files: Vec<(PathBuf, File)>,
+    files: Vec<Opened>,
 ) -> Result<Arc<Known>, CatalogError> {
     let lock = || headers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let identities: Result<Vec<Identity>, _> = files.iter().map(|(_, file)| Identity::of(file)).collect();
+    let identities: Result<Vec<Identity>, _> =
+        files.iter().map(|opened| Identity::of(&opened.file)).collect();
     let identities = identities.map_err(|error| config(error.to_string()))?;
     if let Some(known) = lock().find(&identities) {
         return Ok(known);
     }
-    let model = Model::from_files(files).map_err(|error| config(error.to_string()))?;
-    let known = Arc::new(Known {
-        identities: model.shards().iter().map(|shard| shard.identity).collect(),
-        facts: Facts::from_model(&model),
-        file_bytes: model.file_bytes(),
-    });
-    drop(model);
+    let file_bytes = identities.iter().map(|identity| identity.size).fold(0, u64::saturating_add);
+    let known = Arc::new(Known { facts: read(files)?, identities, file_bytes });
     // A vocabulary takes tens of MiB while it is read; the daemon gives them back.
     crate::os::release_memory();
     lock().keep(Arc::clone(&known));
     Ok(known)
 }
 
-/// Bytes of the files of these purposes.
-pub(super) fn bytes_of(needed: &[NeededFile], purposes: &[Purpose]) -> u64 {
-    let of = needed.iter().filter(|file| purposes.contains(&file.purpose));
-    of.filter_map(|file| std::fs::metadata(&file.path).ok()).map(|about| about.len()).sum()
+/// Reads the headers. A file beside the model that is none of its kind is an error of the
+/// configuration; a model that can't be priced is not.
+fn read(files: Vec<Opened>) -> Result<Result<Facts, FitError>, CatalogError> {
+    let (mut model, mut draft, mut beside) = (Vec::new(), Vec::new(), Vec::new());
+    for Opened { purpose, path, file } in files {
+        match purpose {
+            Purpose::Model => model.push((path, file)),
+            Purpose::Draft => draft.push((path, file)),
+            _ => beside.push((purpose, path, file)),
+        }
+    }
+    let headers = |files| Model::from_files(files).map_err(|error| config(error.to_string()));
+    let mut facts = match Facts::from_model(&headers(model)?) {
+        Ok(facts) => facts,
+        Err(error) => return Ok(Err(error)),
+    };
+    if let Some((path, _)) = draft.first() {
+        let path = path.clone();
+        let draft = Facts::from_model(&headers(draft)?);
+        facts.beside.draft = Some(Box::new(draft.map_err(|error| wrong(&path, &error))?));
+    }
+    for (purpose, path, file) in beside {
+        let model = headers(vec![(path.clone(), file)])?;
+        if purpose == Purpose::Projector {
+            facts.beside.projector =
+                Some(Projector::from_model(&model).map_err(|error| wrong(&path, &error))?);
+        } else {
+            facts.beside.adapters.push(Adapter::from_model(&model).map_err(|error| wrong(&path, &error))?);
+        }
+    }
+    Ok(Ok(facts))
+}
+
+fn wrong(path: &Path, error: &FitError) -> CatalogError {
+    config(format!("{}: {error}", path.display()))
 }
 
 #[cfg(test)]
@@ -165,7 +206,8 @@ mod tests {
         let path = scratch("text");
         File::create(&path).unwrap().write_all(b"hello").unwrap();
         let headers = std::sync::Mutex::default();
-        let error = known(&headers, vec![(path.clone(), File::open(&path).unwrap())]).unwrap_err();
+        let needed = [NeededFile { path: path.clone(), purpose: Purpose::Model }];
+        let error = known(&headers, opened(&needed, &[]).unwrap()).unwrap_err();
         assert!(error.to_string().contains("plimsoll-catalog-text"), "{error}");
         std::fs::remove_file(path).unwrap();
     }

@@ -17,7 +17,7 @@ use sources::Sources;
 
 use crate::bytes::Bytes;
 use crate::config::{self, Instance, Loaded, Model, ModelName, NotFound, Reserve, Workload};
-use crate::engine::{self, Effective, Purpose};
+use crate::engine::{self, Effective};
 use crate::fit::{Facts, FitError};
 use crate::ledger::{Footprint, Gpu, GpuKind};
 use crate::policy::{Mode, Peers, Request, Rung};
@@ -85,14 +85,12 @@ impl RealCatalog {
         Ok(Subject { instance, loaded, settings, name })
     }
 
-    /// The settings and the facts of a llama-server's model, and bytes of files loaded beside it.
-    fn opened(&self, model: &Model, wish: &Wish) -> Result<(Effective, Arc<Known>, u64), CatalogError> {
+    /// The settings of a llama-server, and the facts of its model and of what is loaded beside it.
+    fn opened(&self, model: &Model, wish: &Wish) -> Result<(Effective, Arc<Known>), CatalogError> {
         let effective = engine::effective(model, &wish.environment).map_err(config_error)?;
         let needed = engine::files(model, Some(&effective)).map_err(config_error)?;
         let known = files::known(&self.headers, files::opened(&needed, &wish.files)?)?;
-        // Their buffers are not known here: a quarter on top of their weights is a bound for them.
-        let beside = files::bytes_of(&needed, &[Purpose::Projector, Purpose::Draft, Purpose::Adapter]);
-        Ok((effective, known, beside.saturating_add(beside / 4)))
+        Ok((effective, known))
     }
 }
 
@@ -108,8 +106,13 @@ impl RealCatalog {
 /// The facts, or why the size is unknown; an error where the file is no model at all.
 fn facts(known: &Known) -> Result<Result<&Facts, String>, CatalogError> {
     match &known.facts {
-        Ok(facts) if facts.known => Ok(Ok(facts)),
-        Ok(facts) => Ok(Err(format!("the architecture {} is unknown", facts.architecture))),
+        Ok(facts) => {
+            let all = [Some(facts), facts.beside.draft.as_deref()];
+            Ok(match all.into_iter().flatten().find(|facts| !facts.known) {
+                Some(unknown) => Err(format!("the architecture {} is unknown", unknown.architecture)),
+                None => Ok(facts),
+            })
+        }
         Err(FitError::Unknown(why)) => Ok(Err(why.clone())),
         Err(error) => Err(config_error(error)),
     }
@@ -214,7 +217,7 @@ impl Catalog for RealCatalog {
             request.ladder.extend(declared);
             return Ok(request);
         }
-        let (effective, known, beside) = self.opened(model, wish)?;
+        let (effective, known) = self.opened(model, wish)?;
         request.reload = Bytes(known.file_bytes);
         if let Some(declared) = declared {
             request.ladder.push(declared);
@@ -230,7 +233,7 @@ impl Catalog for RealCatalog {
         let gpus = &self.seen_by_engine(&subject, wish, gpus)?.gpus[..];
         let files = known.files();
         let rung = |context: u64, (settings, estimate): &Priced| {
-            let footprint = price::charge(estimate, &files, settings, gpus, beside);
+            let footprint = price::charge(facts, estimate, &files, settings, gpus);
             Rung { context, footprint }
         };
         let price = |context: u64| Ok(rung(context, &price::needed(facts, &effective, context, gpus)?));
@@ -262,7 +265,7 @@ impl Catalog for RealCatalog {
         let launch = if model.command.is_some() {
             engine::Launch::command(model, &subject.instance).map_err(config_error)?
         } else {
-            let (effective, known, beside) = self.opened(model, wish)?;
+            let (effective, known) = self.opened(model, wish)?;
             let seen = self.seen_by_engine(&subject, wish, gpus)?;
             let gpus = &seen.gpus[..];
             let settings = match facts(&known)? {
@@ -273,7 +276,7 @@ impl Catalog for RealCatalog {
                     let files = known.files();
                     // What was admitted is told by what was promised.
                     let admitted = |(settings, estimate): &Priced| {
-                        price::charge(estimate, &files, settings, gpus, beside) == rung.footprint
+                        price::charge(facts, estimate, &files, settings, gpus) == rung.footprint
                     };
                     spacious.filter(admitted).unwrap_or(needed).0
                 }

@@ -83,23 +83,17 @@ pub(super) fn spacious(
     Ok(Some((settings, estimate)))
 }
 
-/// An estimate as the ledger counts it. `beside` are bytes of files that are loaded as well and
-/// have no estimate of their own: they count where the model's layers are.
+/// An estimate as the ledger counts it; `files` are those of the model, and behind them those of the
+/// draft model.
 pub(super) fn charge(
+    facts: &Facts,
     estimate: &Estimate,
     files: &[FileId],
     settings: &Settings,
     gpus: &[Gpu],
-    beside: u64,
 ) -> Footprint {
     let devices = devices(gpus);
     let position = |device: &&Device| devices.list.iter().position(|d| d.name == device.name);
-    let used: Vec<usize> = devices.used(settings).iter().filter_map(position).collect();
-    let mut footprint = footprint(estimate, files, &used);
-    let beside = crate::bytes::Bytes(beside);
-    match used.first().and_then(|first| footprint.gpus.get_mut(*first)) {
-        Some(gpu) if estimate.gpu_layers > 0 => *gpu += beside,
-        _ => footprint.private += beside,
-    }
-    footprint
+    let touched: Vec<usize> = devices.touched(&facts.beside, settings).iter().filter_map(position).collect();
+    footprint(estimate, files, &touched)
 }
