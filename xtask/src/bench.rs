@@ -1,5 +1,7 @@
 //! `cargo xtask bench`: figures for what the project promises to be fast or small. No pass or fail.
 
+mod bus;
+
 use crate::lab::{Config, Lab};
 use crate::models::{self, deepseek};
 use crate::vm::{Guest, ImageOptions, Machine, MachineOptions, image::Image};
@@ -11,6 +13,7 @@ use plimsoll::ledger::{FileId, Footprint, Machine as Reading, Mapped, Measured, 
 use plimsoll::policy::plan::Situation;
 use plimsoll::policy::{Planned, Request, Rules, Rung, plan};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -43,8 +46,10 @@ pub fn bench(options: &BenchOptions) -> Result<()> {
         ]);
         return host::run(command.args(std::env::args_os().skip(1)));
     }
-    large_header()?;
+    let programs = install::build("release")?;
+    large_header(&programs)?;
     planner(1000)?;
+    bus::plans(&programs)?;
     if !options.no_vm {
         in_the_machine(options)?;
     }
@@ -63,7 +68,7 @@ fn median(times: usize, mut run: impl FnMut() -> Result<()>) -> Result<Duration>
     Ok(all[times / 2])
 }
 
-fn large_header() -> Result<()> {
+fn large_header(programs: &Path) -> Result<()> {
     let directory = host::source_root().join("target/bench");
     std::fs::create_dir_all(&directory)?;
     let first = deepseek::write(&directory)?;
@@ -71,7 +76,7 @@ fn large_header() -> Result<()> {
         .filter_map(|entry| entry.ok()?.metadata().ok())
         .map(|meta| meta.len())
         .sum();
-    let program = install::build("release")?.join("plimsoll");
+    let program = programs.join("plimsoll");
     let took = median(21, || {
         let mut command = Command::new(&program);
         command.arg("fit").arg(&first).args(["-c", "16384", "--ram", "128GiB", "--gpu", "none", "--json"]);
@@ -154,7 +159,7 @@ fn in_the_machine(options: &BenchOptions) -> Result<()> {
     lab.configure(&[Config::new("small", 8001)])?;
     lab.serve("small", 8001)?;
     idle(&lab)?;
-    round_trips(&lab)
+    bus::admissions(&lab)
 }
 
 /// Memory and wake-ups of the daemon while one model is loaded and nobody asks for anything.
@@ -170,21 +175,5 @@ fn idle(lab: &Lab) -> Result<()> {
     let mut lines = said.lines();
     println!("idle daemon: wake-ups and CPU ticks in 60 s: {}", lines.next().unwrap_or("?"));
     println!("idle daemon: memory and threads: {}", lines.next().unwrap_or("?"));
-    Ok(())
-}
-
-/// The way over the bus in the guest, under emulation: a call to the daemon, and a whole start with
-/// an engine that does nothing.
-fn round_trips(lab: &Lab) -> Result<()> {
-    let each = |name: &str, call: &str| -> Result<()> {
-        let said = lab.guest.ok(&format!(
-            "a=$(date +%s%N); for n in 1 2 3 4 5 6 7 8 9 10; do {call} > /dev/null; done; b=$(date +%s%N); echo $(( (b - a) / 10000 ))"
-        ))?;
-        println!("{name}: {said} µs");
-        Ok(())
-    };
-    let object = "org.plimsoll1 /org/plimsoll1";
-    each("busctl, Ping", &format!("busctl call {object} org.freedesktop.DBus.Peer Ping"))?;
-    each("busctl, Plan", &format!("busctl call {object} org.plimsoll1.Manager Plan st small 0"))?;
     Ok(())
 }
