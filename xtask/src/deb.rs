@@ -9,14 +9,18 @@ use std::process::Command;
 
 /// Builds the package from a build profile; `suffix` is added to the version (`+1` makes it newer).
 pub fn build(profile: &str, suffix: &str) -> Result<PathBuf> {
+    pack(&install::build(profile)?, suffix)
+}
+
+/// Builds the package from the programs in a directory.
+pub fn pack(programs: &Path, suffix: &str) -> Result<PathBuf> {
     if host::find("dpkg-deb").is_none() {
         host::install(&["dpkg"])?;
     }
     let root = host::source_root();
-    let programs = install::build(profile)?;
     let tree = root.join("target/deb/tree");
     let _ = fs::remove_dir_all(&tree);
-    install::stage(&programs, &tree, Path::new("/usr"))?;
+    install::stage(programs, &tree, Path::new("/usr"))?;
 
     let version = format!("{}{suffix}", env!("CARGO_PKG_VERSION"));
     let architecture = host::output(Command::new("dpkg").arg("--print-architecture"))?.trim().to_owned();

@@ -6,7 +6,7 @@ use crate::vm::{Guest, ImageOptions, Machine, MachineOptions, guest::Output, ima
 use crate::{deb, host};
 use anyhow::{Context, Result, bail, ensure};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,9 @@ pub struct DemoOptions {
     /// Install and play on this machine instead of a virtual one; systemd has to be its PID 1
     #[arg(long)]
     pub host: bool,
+    /// With --host: take plimsoll and plimsolld from this directory instead of building them
+    #[arg(long, value_name = "DIR", requires = "host")]
+    pub programs: Option<PathBuf>,
     /// How to boot
     #[command(flatten)]
     pub machine: MachineOptions,
@@ -28,6 +31,7 @@ pub struct DemoOptions {
 const LIMIT: Duration = Duration::from_secs(300);
 /// What the models may take together on a machine that is not ours: small enough for the story.
 const HOST_LIMIT: &str = "1400M";
+const HOST_DROP_IN: &str = "/run/systemd/system/llm.slice.d/zz-plimsoll-demo.conf";
 const HOST_MODELS: &str = "/var/lib/plimsoll-demo";
 
 /// Where the story plays.
@@ -127,7 +131,7 @@ impl Story {
 /// Plays the story; the time it took is printed at the end.
 pub fn demo(options: &DemoOptions) -> Result<()> {
     let started = Instant::now();
-    let place = if options.host { prepare_host()? } else { prepare_guest(options)? };
+    let place = if options.host { prepare_host(options)? } else { prepare_guest(options)? };
     let mut story = Story { place, started };
     let played = play(&mut story);
     if matches!(story.place, Place::Here) {
@@ -154,7 +158,7 @@ fn prepare_guest(options: &DemoOptions) -> Result<Place> {
     Ok(Place::Guest(Box::new(guest)))
 }
 
-fn prepare_host() -> Result<Place> {
+fn prepare_host(options: &DemoOptions) -> Result<Place> {
     ensure!(
         Path::new("/run/systemd/system").exists(),
         "systemd is not PID 1 on this machine: play without --host, in a virtual machine"
@@ -172,11 +176,13 @@ fn prepare_host() -> Result<Place> {
         running.stdout
     );
     println!("Building Plimsoll and installing it on this machine.");
+    let programs = install::programs(options.programs.as_deref(), "release")?;
     if host::find("dpkg").is_some() {
-        let package = deb::build("release", "")?;
+        let package = deb::pack(&programs, "")?;
         host::run(host::as_root("dpkg")?.arg("-i").arg(package))?;
     } else {
-        install::install(&InstallOptions { destdir: None, prefix: "/usr".into() })?;
+        let programs = Some(programs);
+        install::install(&InstallOptions { destdir: None, prefix: "/usr".into(), programs })?;
         host::run(host::as_root("systemctl")?.args(["enable", "--now", "plimsolld.service"]))?;
     }
     println!("Generating the models into {HOST_MODELS}.");
@@ -195,11 +201,10 @@ fn prepare_host() -> Result<Place> {
     println!(
         "Limiting all models together to {HOST_LIMIT}, so that the story plays on a machine of any size."
     );
-    host::run(
-        host::as_root("systemctl")?
-            .args(["set-property", "--runtime", "llm.slice"])
-            .arg(format!("MemoryMax={HOST_LIMIT}")),
-    )?;
+    // A drop-in of its own, which can go without touching what an administrator has set.
+    host::run(host::as_root("mkdir")?.arg("-p").arg(Path::new(HOST_DROP_IN).parent().context("no parent")?))?;
+    place.write(HOST_DROP_IN, &format!("[Slice]\nMemoryMax={HOST_LIMIT}\n"))?;
+    host::run(host::as_root("systemctl")?.arg("daemon-reload"))?;
     Ok(place)
 }
 
@@ -207,8 +212,11 @@ fn leave_host(story: &Story) -> Result<()> {
     story.say("Cleaning up: the story's models go, Plimsoll stays installed.");
     story.place.run(&format!(
         "systemctl stop 'llm@demo-*.service'; systemctl reset-failed 'llm@demo-*.service'; \
-         rm -f /etc/plimsoll/models.d/demo-*.toml; rm -rf {HOST_MODELS}; \
-         systemctl set-property --runtime llm.slice MemoryMax=infinity; systemctl reload plimsolld.service"
+         rm -f /etc/plimsoll/models.d/demo-*.toml {HOST_DROP_IN}; \
+         rm -rf {HOST_MODELS} /var/cache/plimsoll/demo-* /run/systemd/system.control/llm@demo-*; \
+         rmdir --ignore-fail-on-non-empty {directory}; \
+         systemctl daemon-reload; systemctl reload plimsolld.service",
+        directory = HOST_DROP_IN.trim_end_matches("/zz-plimsoll-demo.conf"),
     ))?;
     let _ = std::fs::remove_dir_all(host::source_root().join("target/demo-models"));
     Ok(())

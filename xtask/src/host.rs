@@ -160,10 +160,14 @@ pub fn prune(cache: &Path, prefix: &str, keep: &Path) -> Result<()> {
 
 /// The top of the source tree.
 pub fn source_root() -> PathBuf {
-    // Cargo sets the variable for `cargo xtask`; the compiled-in value serves a binary run by hand.
-    let manifest = std::env::var_os("CARGO_MANIFEST_DIR")
-        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
-    manifest.parent().map_or(manifest.clone(), Path::to_path_buf)
+    // Cargo sets the variable for `cargo xtask`; the compiled-in value serves a binary run by hand,
+    // and one that was taken to another machine is run from the top of the tree there.
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from).or_else(|| {
+        let compiled = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+        compiled.is_dir().then_some(compiled)
+    });
+    let top = manifest.and_then(|manifest| manifest.parent().map(Path::to_path_buf));
+    top.or_else(|| std::env::current_dir().ok()).unwrap_or_else(|| ".".into())
 }
 
 /// A stable hash of text (FNV-1a, 64 bits), for names of cache entries: not for security.

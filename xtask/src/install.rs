@@ -55,7 +55,7 @@ const GENERATED: &[Entry] = &[
     entry("config", "share/doc/plimsoll/examples"),
 ];
 
-/// What to build and where to put it.
+/// What to install and where to put it.
 #[derive(Debug, Clone, clap::Args)]
 pub struct InstallOptions {
     /// Put everything below this directory and leave the running system alone (for packagers)
@@ -64,6 +64,22 @@ pub struct InstallOptions {
     /// Where programs and units go
     #[arg(long, default_value = "/usr", value_name = "DIR")]
     pub prefix: PathBuf,
+    /// Take plimsoll and plimsolld from this directory instead of building them: built as yourself,
+    /// on another machine, or by a packager's own rules
+    #[arg(long, value_name = "DIR")]
+    pub programs: Option<PathBuf>,
+}
+
+/// The directory that holds the two programs: one that was given, or where they are built now.
+pub fn programs(given: Option<&Path>, profile: &str) -> Result<PathBuf> {
+    let Some(directory) = given else { return build(profile) };
+    for name in ["plimsoll", "plimsolld"] {
+        if !directory.join(name).is_file() {
+            bail!("there is no {name} in {}: build it with 'cargo build --release'", directory.display());
+        }
+    }
+    crate::man::generate()?;
+    Ok(directory.to_owned())
 }
 
 /// Builds the two programs; returns the directory that holds them.
@@ -84,7 +100,7 @@ pub fn install(options: &InstallOptions) -> Result<()> {
     if !options.prefix.is_absolute() {
         bail!("--prefix {} is not an absolute path", options.prefix.display());
     }
-    let programs = build("release")?;
+    let programs = programs(options.programs.as_deref(), "release")?;
     if let Some(destdir) = &options.destdir {
         stage(&programs, destdir, &options.prefix)?;
         println!("installed below {}", destdir.display());
