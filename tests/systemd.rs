@@ -3,7 +3,7 @@
 //!
 //! These need root on a machine that may be upset, where systemd is PID 1: they do nothing unless
 //! `PLIMSOLL_TEST_SYSTEMD` is set to the name of one of them (`all` but `sandbox`, which has to run
-//! as plimsolld.service). They make units llm@plimsoll-test-….service under /run.
+//! as plimsolld.service). `cargo xtask test` runs them so in the virtual machine. They make units llm@plimsoll-test-….service under /run.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // a test fails by panicking
 
@@ -169,19 +169,20 @@ async fn one_that_does_not_end_is_killed_and_stays_down() {
     if !wanted("kill") {
         return;
     }
-    let stubborn = "ExecStart=/bin/sh -c 'trap \"\" TERM; while :; do sleep 1; done'\n\
+    // Ready only once the trap is in place: before that, it would end at once.
+    let stubborn = "Type=notify\nNotifyAccess=all\n\
+                    ExecStart=/bin/sh -c 'trap \"\" TERM; systemd-notify --ready; while :; do sleep 1; done'\n\
                     TimeoutStopSec=infinity\nRestart=always\nRestartSec=0";
     let unit = Unit::new("stubborn", stubborn);
     let systemd = systemd().await;
     let (group, _) = started(&systemd, &unit).await;
-    // Its trap has to be in place, or it would end at once.
-    tokio::time::sleep(Duration::from_secs(2)).await;
     let directory = Host::default().group_directory(&group);
     let stopped = systemd.stop(&unit.name(), Some(&directory), Duration::from_secs(2)).await.unwrap();
     assert_eq!((stopped.changed, stopped.killed), (Changed::Changed, true));
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    let status = systemd.unit(&unit.name()).await.unwrap();
-    assert!(!status.state.is_alive(), "{status:?}");
+    // A restart would show as the unit's next state (auto-restart), never as failed.
+    until(&systemd, &unit, UnitState::Failed, "failed").await;
+    let jobs = systemd.jobs().await.unwrap();
+    assert!(!systemd::starting(&jobs).contains(&unit.0), "{jobs:?}");
     assert!(!Host::default().populated(&group).unwrap());
 }
 

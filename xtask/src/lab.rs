@@ -51,8 +51,13 @@ impl Config {
     }
 
     /// Another file below `/srv/models`.
-    pub fn file(mut self, path: &str) -> Config {
-        self.file = format!("{MODELS}/{path}");
+    pub fn file(self, path: &str) -> Config {
+        self.at(&format!("{MODELS}/{path}"))
+    }
+
+    /// A file anywhere.
+    pub fn at(mut self, path: &str) -> Config {
+        self.file = path.into();
         self
     }
 

@@ -48,3 +48,27 @@ pub fn power_fails(lab: &mut Lab) -> Result<()> {
     ensure!(pool.reserved_bytes.is_zero(), "{} are still reserved", pool.reserved_bytes);
     lab.serve("small", 8001)
 }
+
+/// The disk of an enabled model is not there at boot: the boot goes on without it, and when the disk
+/// is mounted after all, the model starts.
+pub fn a_late_mount_starts_its_models(lab: &mut Lab) -> Result<()> {
+    let line = "/var/tmp/late.img /mnt/late ext4 loop,nofail,x-systemd.device-timeout=1s 0 0";
+    lab.configure(&[Config::new("rival-a", 8001).at("/mnt/late/small.gguf")])?;
+    lab.guest
+        .ok(&format!("cp /etc/fstab /etc/fstab.kept; echo '{line}' >> /etc/fstab; mkdir -p /mnt/late"))?;
+    lab.guest.ok("systemctl enable --quiet llm@rival-a")?;
+    lab.guest.reboot_and_wait()?;
+    ensure!(lab.state("rival-a")? == "inactive", "{}", lab.unit_status("rival-a")?);
+    lab.guest.ok_within(
+        "truncate -s 256M /var/tmp/late.img && mkfs.ext4 -q /var/tmp/late.img && mount -o loop /var/tmp/late.img /mnt/late \
+         && cp /srv/models/small.gguf /mnt/late/ && umount /mnt/late && systemctl start mnt-late.mount",
+        PATIENCE,
+    )?;
+    lab.guest.wait_until("the model runs", PATIENCE, "systemctl is-active --quiet llm@rival-a.service")?;
+    lab.guest.completion(8001)?;
+    lab.guest.ok(
+        "systemctl disable --quiet --now llm@rival-a; systemctl stop mnt-late.mount; mv /etc/fstab.kept /etc/fstab; \
+         rm -r /mnt/late /var/tmp/late.img; systemctl daemon-reload",
+    )?;
+    Ok(())
+}

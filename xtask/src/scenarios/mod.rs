@@ -5,9 +5,11 @@ mod admission;
 mod boot;
 mod broken;
 mod daemon;
+mod fit;
 mod lifecycle;
 mod package;
 mod sharing;
+mod systemd;
 
 use crate::lab::Lab;
 use anyhow::Result;
@@ -38,6 +40,7 @@ scenarios![
     broken::closed_directory,
     broken::port_taken,
     broken::hostile_headers,
+    fit::predictions_hold,
     sharing::mapped_weights_are_charged_once,
     sharing::unmapped_weights_are_charged_twice,
     lifecycle::load_and_unload,
@@ -51,7 +54,11 @@ scenarios![
     daemon::killed_while_models_run_and_load,
     daemon::start_waits_for_the_daemon,
     daemon::upgrade_keeps_models,
+    systemd::its_parts_work,
+    systemd::the_daemons_sandbox_holds,
     boot::rivals_and_impossible_at_boot,
     boot::power_fails,
+    boot::a_late_mount_starts_its_models,
+    package::installs_without_a_package,
     package::purge_keeps_models,
 ];
