@@ -8,6 +8,7 @@ mod install;
 mod lab;
 mod man;
 mod models;
+mod oracle;
 mod scenarios;
 mod test;
 mod vm;
@@ -30,6 +31,8 @@ enum Task {
     Test(test::TestOptions),
     /// Measure what the project promises to be fast or small
     Bench(bench::BenchOptions),
+    /// Compare the estimates with what the real engine allocated: the committed measurements
+    Oracle(oracle::OracleOptions),
     /// See it work: models are admitted, made room for and refused, in a virtual machine
     Demo(demo::DemoOptions),
     /// Build and install on this machine, or below --destdir
@@ -100,6 +103,7 @@ fn run(task: Task) -> Result<u8> {
     match task {
         Task::Test(options) => test::test(&options),
         Task::Bench(options) => bench::bench(&options).map(|()| 0),
+        Task::Oracle(options) => oracle::oracle(&options),
         Task::Demo(options) => demo::demo(&options).map(|()| 0),
         Task::Install(options) => install::install(&options).map(|()| 0),
         Task::Deb { profile, suffix } => {
