@@ -323,3 +323,43 @@ fn a_refusal_can_be_explained_after_a_restart_of_the_daemon() {
     let last = s.core.decisions().next_back().expect("a decision");
     assert_eq!((last.kind, last.instance.to_string()), (Kind::Refuse, "big".to_owned()));
 }
+
+#[test]
+fn one_larger_than_memory_streams_with_all_the_room_there_is_and_the_others_come_back() {
+    let monster =
+        "monster = {priority=80, weights='158GiB', placement='mapped', private='10GiB', stream='20GiB'}";
+    let others = "a = {weights='40GiB', placement='anonymous', priority=40}\nb = {weights='13GiB', placement='anonymous', priority=30}\nc = {weights='16GiB', placement='anonymous', priority=90}";
+    let mut s = machine(&format!("{monster}\n{others}"));
+    s.start("a").start("b").start("c").run(60);
+    assert_eq!(s.running(), ["a", "b", "c"]);
+    s.start("monster").run(200);
+    // Of 100 GiB, 16 stay with the model of higher priority and 10 are private.
+    assert_eq!(s.running(), ["c", "monster"]);
+    let admitted = s.decisions.iter().rev().find(|d| d.kind == Kind::Admit).unwrap();
+    let streamed = admitted.steps.iter().find_map(|step| match step {
+        Step::Stream { resident_bytes, mapped_bytes } => Some((*resident_bytes, *mapped_bytes)),
+        _ => None,
+    });
+    assert_eq!(streamed, Some((Bytes::gib(74), Bytes::gib(158))), "{admitted:#?}");
+    assert_eq!(admitted.verdict, plimsoll::policy::Verdict::Streams);
+    sound(&s);
+    // What it streams with is its own: nobody gets any of it.
+    s.start("b").run(60);
+    assert_eq!(s.running(), ["c", "monster"]);
+    s.stop("monster").run(120);
+    assert_eq!(s.running(), ["a", "b", "c"], "the evicted are back");
+    sound(&s);
+}
+
+#[test]
+fn without_room_for_what_every_token_touches_nothing_streams_and_nothing_is_stopped() {
+    let monster =
+        "monster = {priority=80, weights='158GiB', placement='mapped', private='10GiB', stream='91GiB'}";
+    let mut s = machine(&format!("{monster}\na = {{weights='40GiB', placement='anonymous', priority=40}}"));
+    s.start("a").run(60);
+    s.start("monster").run(60);
+    assert_eq!(s.running(), ["a"]);
+    assert_eq!(refusal(&s).short_bytes, Bytes::gib(68));
+    assert_eq!(evicted(&s), Vec::<String>::new());
+    sound(&s);
+}

@@ -326,6 +326,7 @@ fn unknown(instance: &Instance, invocation: &str, why: Option<&str>) -> Request 
         ttl: None,
         reload: Bytes::ZERO,
         may_swap: false,
+        stream: None,
         instead_of: Default::default(),
         stuck: Default::default(),
         force: false,

@@ -80,6 +80,7 @@ impl Catalog for Fake {
             ttl: None,
             reload: Bytes::ZERO,
             may_swap: false,
+            stream: None,
             instead_of: wish.instead_of.clone(),
             stuck: Default::default(),
             force: wish.force,

@@ -204,10 +204,8 @@ pub(super) fn planned(request: &Request, planned: Planned, now: u64) -> Decision
     match planned {
         Planned::Admit(plan) => {
             let steps: Vec<String> = plan.steps.iter().map(ToString::to_string).collect();
-            let (verdict, after) = match steps.is_empty() {
-                true => (Verdict::Fits, String::new()),
-                false => (Verdict::FitsAfter, format!(" after {}", steps.join(", "))),
-            };
+            let verdict = Verdict::after(&plan.steps);
+            let after = if steps.is_empty() { String::new() } else { format!(" after {}", steps.join(", ")) };
             let (context, bytes) = (plan.rung.context, plan.rung.footprint.total());
             let text = format!("{instance} would be admitted with {bytes} at context {context}{after}");
             Decision { context, bytes, steps: plan.steps, ..decision(Kind::Admit, verdict, text) }
@@ -254,6 +252,7 @@ mod tests {
             ttl: None,
             reload: Bytes::ZERO,
             may_swap: false,
+            stream: None,
             instead_of: Default::default(),
             stuck: Default::default(),
             force: false,

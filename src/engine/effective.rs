@@ -6,10 +6,10 @@ use std::fmt;
 use super::error::Error;
 use super::words::{self, Word};
 use crate::bytes::MIB;
-use crate::config::{GpuLayers, Model, Place, PromptCache};
+use crate::config::{GpuLayers, Model, Oversize, Place, PromptCache};
 use crate::fit::args::{self, Origin, Parsed};
 use crate::fit::flags::{FLAGS, Flag};
-use crate::fit::{Override, Settings};
+use crate::fit::{LoadMode, Override, Settings};
 
 /// Where a setting comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +65,8 @@ pub struct Effective {
     pub sources: BTreeMap<String, Source>,
     /// What is chosen at the start.
     pub automatic: Automatic,
+    /// It may run with weights left on disk (`oversize = "stream"`), and for that has them mapped.
+    pub streams: bool,
     /// Arguments and variables that nothing is known about: the engine gets them as they are.
     pub passed_on: Vec<String>,
     /// All that the arguments and variables say, files among it.
@@ -171,6 +173,17 @@ pub fn effective(model: &Model, unit: &BTreeMap<String, String>) -> Result<Effec
         parsed.settings.context_checkpoints = 0;
     }
 
+    let streams = model.oversize == Oversize::Stream;
+    if streams {
+        // What is mapped can be left on disk: not what an APU's default reads, nor what is repacked.
+        if !parsed.origins.contains_key("load-mode") {
+            parsed.settings.load_mode = LoadMode::Mmap;
+        }
+        if !parsed.origins.contains_key("repack") {
+            parsed.settings.repack = false;
+        }
+    }
+
     let sources = parsed.origins.iter().map(|(name, origin)| {
         let source = match origin {
             Origin::Argument(flag) => match keys.get(format!("--{name}").as_str()) {
@@ -190,6 +203,7 @@ pub fn effective(model: &Model, unit: &BTreeMap<String, String>) -> Result<Effec
         settings: parsed.settings.clone(),
         sources: sources.flatten().collect(),
         automatic,
+        streams,
         passed_on: parsed.passed_on.clone(),
         rest: rest.flat_map(|word| word.words.iter().cloned()).collect(),
         parsed,

@@ -85,6 +85,9 @@ impl Launch {
             say("-md", path(file));
         }
         argv.extend(load_mode(chosen.load_mode, version));
+        if !chosen.repack {
+            argv.push("--no-repack".to_owned());
+        }
         argv.extend(override_arguments(&chosen.overrides));
         argv.extend(effective.rest.iter().cloned());
         Ok(Self { argv, ..launch })

@@ -197,6 +197,7 @@ fn draft_model(
     estimate.known &= drafted.known;
     estimate.notes.extend(drafted.notes.iter().map(|note| format!("{note} (for the draft model)")));
     estimate.mapped_bytes = estimate.mapped_bytes.saturating_add(drafted.mapped_bytes);
+    estimate.mapped_always_bytes = estimate.mapped_always_bytes.saturating_add(drafted.mapped_bytes);
     estimate.mapped_by_shard.extend(&drafted.mapped_by_shard);
 
     let extras = &mut estimate.extras;

@@ -175,6 +175,9 @@ pub struct Estimate {
     pub mapped_bytes: u64,
     /// `mapped_bytes` for each file of the model, and behind them of the draft model.
     pub mapped_by_shard: Vec<u64>,
+    /// The part of `mapped_bytes` that every token touches: attention, routers, shared experts and the output,
+    /// but neither experts, of which few are used, nor the rows of the embedding.
+    pub mapped_always_bytes: u64,
     /// Weights on the host in anonymous memory.
     pub anonymous_weights_bytes: u64,
     /// The part of `anonymous_weights_bytes` that is repacked: its mapped originals stay as page cache.
@@ -264,6 +267,7 @@ fn alone(facts: &Facts, settings: &Settings, devices: &Devices) -> Result<Estima
         beside: BesideBytes::default(),
         mapped_bytes: placed.mapped_by_shard.iter().sum(),
         mapped_by_shard: placed.mapped_by_shard,
+        mapped_always_bytes: placed.mapped_always,
         anonymous_weights_bytes: placed.anonymous,
         repacked_bytes: placed.repacked,
         gpu_layers: assigned.count(),

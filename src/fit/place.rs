@@ -1,6 +1,6 @@
 //! Choosing what isn't set: how much goes on the devices, and the largest context that fits.
 
-use super::settings::{Devices, GpuLayers, Override, Settings};
+use super::settings::{Devices, GpuLayers, Settings};
 use super::{Estimate, Facts, FitError, estimate};
 
 /// What may be used.
@@ -77,7 +77,7 @@ pub fn place(
         explicit.gpu_layers = GpuLayers::Count(gpu_layers);
         explicit.fit = false;
         if cpu_moe > 0 {
-            explicit.overrides.push(Override::CpuMoe(cpu_moe));
+            explicit = explicit.with_experts_on_host(cpu_moe);
         }
         let estimate = estimate(facts, &explicit, devices)?;
         let fits = budget.holds(&estimate);

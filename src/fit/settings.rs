@@ -265,6 +265,13 @@ impl Settings {
         u64::from(self.speculative.iter().map(of).max().unwrap_or(0))
     }
 
+    /// The same with the experts of the first so many layers on the host (`--n-cpu-moe`).
+    #[must_use]
+    pub fn with_experts_on_host(mut self, layers: u32) -> Self {
+        self.overrides.push(Override::CpuMoe(layers));
+        self
+    }
+
     /// How many older recurrent states are kept beside the current one, to go back to when a draft
     /// is rejected (`need_n_rs_seq`).
     #[must_use]

@@ -77,6 +77,8 @@ pub(super) struct Placed {
     pub devices: Vec<u64>,
     /// On the host, mapped, by file.
     pub mapped_by_shard: Vec<u64>,
+    /// Of those, what every token touches: neither experts nor the rows of the embedding.
+    pub mapped_always: u64,
     /// On the host, anonymous, repacked ones too.
     pub anonymous: u64,
     /// On the host, repacked.
@@ -240,7 +242,12 @@ impl Placing<'_> {
                 self.placed.anonymous += group.bytes;
                 self.placed.repacked += group.bytes;
             }
-            Buffer::Host if self.mapped => self.placed.mapped_by_shard[group.shard] += group.bytes,
+            Buffer::Host if self.mapped => {
+                self.placed.mapped_by_shard[group.shard] += group.bytes;
+                if group.class != Class::Experts && group.place != Place::Input {
+                    self.placed.mapped_always += group.bytes;
+                }
+            }
             Buffer::Host => self.placed.anonymous += group.bytes,
         }
     }
@@ -264,6 +271,7 @@ impl Placing<'_> {
             None if self.repacks && group.repackable.is_some_and(|t| repacked(t, self.avx512)) => {
                 self.add(group, Buffer::Host);
             }
+            None if self.mapped => self.placed.mapped_always += group.bytes,
             None => {}
         }
     }

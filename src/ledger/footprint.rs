@@ -36,6 +36,14 @@ impl Footprint {
         self.private + self.mapped_bytes() + self.gpus.iter().copied().sum()
     }
 
+    /// The same with only so many of the mapped bytes resident, each file in proportion.
+    #[must_use]
+    pub fn resident(&self, bytes: Bytes) -> Self {
+        let all = self.mapped_bytes();
+        let share = |m: &Mapped| Mapped { bytes: m.bytes.mul_div(bytes.min(all).0, all.0.max(1)), ..*m };
+        Self { mapped: self.mapped.iter().map(share).collect(), ..self.clone() }
+    }
+
     /// Mapped weights of all files.
     #[must_use]
     pub fn mapped_bytes(&self) -> Bytes {

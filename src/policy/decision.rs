@@ -25,6 +25,18 @@ pub enum Verdict {
     Unknown,
 }
 
+impl Verdict {
+    /// That of a model which is admitted after these steps.
+    #[must_use]
+    pub fn after(steps: &[Step]) -> Self {
+        match steps {
+            [] => Self::Fits,
+            steps if steps.iter().any(|step| matches!(step, Step::Stream { .. })) => Self::Streams,
+            _ => Self::FitsAfter,
+        }
+    }
+}
+
 /// What happened to a model because of a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

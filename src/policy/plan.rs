@@ -70,6 +70,21 @@ pub enum Step {
         /// Chosen; tokens.
         to: u64,
     },
+    /// Run with part of the mapped weights left on disk, to be read as they are needed.
+    Stream {
+        /// What of them has its place in memory.
+        resident_bytes: Bytes,
+        /// All of them.
+        mapped_bytes: Bytes,
+    },
+}
+
+impl Step {
+    /// Whether it says how the model will run, and is nothing to be done before.
+    #[must_use]
+    pub fn is_setting(&self) -> bool {
+        matches!(self, Self::ReduceContext { .. } | Self::Stream { .. })
+    }
 }
 
 /// In a few words, as part of a sentence.
@@ -87,6 +102,9 @@ impl fmt::Display for Step {
                 write!(f, "stopping {instance} ({why}, frees {frees_bytes})")
             }
             Self::ReduceContext { from, to } => write!(f, "reducing the context from {from} to {to}"),
+            Self::Stream { resident_bytes, mapped_bytes } => {
+                write!(f, "keeping {resident_bytes} of {mapped_bytes} of its weights in memory")
+            }
         }
     }
 }
@@ -211,8 +229,8 @@ impl<'a> Scene<'a> {
 /// Decides whether and how `request` can run.
 ///
 /// In this order, and only as far as needed: drop cold page cache, stop models that are idle past
-/// their time to live, reduce the context as far as allowed, evict. Nothing is stopped by a plan
-/// that does not end with the model running.
+/// their time to live, reduce the context as far as allowed, evict; last, leave weights on disk. Nothing
+/// is stopped by a plan that does not end with the model running.
 #[must_use]
 pub fn plan(request: &Request, situation: Situation<'_>) -> Planned {
     let scene = Scene::new(request, situation);
@@ -266,6 +284,9 @@ pub fn plan(request: &Request, situation: Situation<'_>) -> Planned {
     if !busy.is_empty() && scene.fits(smallest, &[&base[..], &evictable, &busy].concat()) {
         return scene.wait(busy);
     }
+    if let Some(plan) = scene.stream(&[&base[..], &evictable].concat()) {
+        return Planned::Admit(plan);
+    }
     if request.force {
         return admit(wanted, base);
     }
@@ -282,6 +303,14 @@ pub(super) fn refusal_of(request: &Request, situation: Situation<'_>) -> Refusal
 pub fn fits_as_is(request: &Request, situation: Situation<'_>) -> bool {
     let scene = Scene::new(request, situation);
     request.ladder.first().is_some_and(|wanted| scene.fits(wanted, &[]))
+}
+
+/// How `request` would run as things are, with nobody stopped: at its full context, or streaming.
+#[must_use]
+pub fn rung_as_is(request: &Request, situation: Situation<'_>) -> Option<Rung> {
+    let scene = Scene::new(request, situation);
+    let wanted = request.ladder.first()?;
+    if scene.fits(wanted, &[]) { Some(wanted.clone()) } else { scene.stream(&[]).map(|plan| plan.rung) }
 }
 
 /// The largest context of the ladder (which descends) for which `fits` holds.
@@ -302,6 +331,25 @@ fn unknown(request: &Request, scene: &Scene<'_>) -> Planned {
 impl Scene<'_> {
     fn wait(&self, on: Vec<usize>) -> Planned {
         Planned::Wait(Wait { on: on.into_iter().map(|n| self.names[n].clone()).collect() })
+    }
+
+    /// A plan for a model larger than memory, where it may stream and the weights that every token
+    /// touches find room. All of `gone` have to go: whatever they hold would be read from disk again
+    /// and again.
+    fn stream(&self, gone: &[usize]) -> Option<Plan> {
+        let least = self.request.stream?;
+        let resident = |rung: &Rung| {
+            let bare = Rung { context: rung.context, footprint: rung.footprint.resident(Bytes::ZERO) };
+            let charge = self.charge(&bare, gone);
+            let room = (self.room.memory - charge.memory).min(self.room.slice - charge.slice);
+            (charge.within(&self.room) && room >= least).then(|| room.min(rung.footprint.mapped_bytes()))
+        };
+        let rung = largest(&self.request.ladder, |rung| resident(rung).is_some())?;
+        let (resident_bytes, mapped_bytes) = (resident(rung)?, rung.footprint.mapped_bytes());
+        let kept = Rung { context: rung.context, footprint: rung.footprint.resident(resident_bytes) };
+        let mut plan = self.assemble(&kept, gone.to_vec());
+        plan.steps.push(Step::Stream { resident_bytes, mapped_bytes });
+        Some(plan)
     }
 
     /// The steps that make `rung` run with `gone` stopped, in the order of execution.

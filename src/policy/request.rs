@@ -38,6 +38,9 @@ pub struct Request {
     pub reload: Bytes,
     /// Whether its anonymous memory may be swapped out (`workload = "batch"`).
     pub may_swap: bool,
+    /// It may run with part of its mapped weights left on disk (`oversize = "stream"`): at least so
+    /// many have to stay in memory, those that every token touches.
+    pub stream: Option<Bytes>,
     /// Models that a person named to go for it, whatever their priority.
     pub instead_of: BTreeSet<Instance>,
     /// Models that could not be stopped: as good as pinned for this request.

@@ -93,6 +93,8 @@ pub struct SimModel {
     /// Seconds until it has stopped.
     #[serde(default = "one")]
     pub stop_seconds: u64,
+    /// It may stream, with at least so many of its mapped weights in memory.
+    pub stream: Option<Bytes>,
     /// Idle seconds after which it is stopped.
     pub ttl_seconds: Option<u64>,
     /// Bytes that it does not give back when it stops.
@@ -216,6 +218,7 @@ impl Scenario {
             ttl: model.ttl_seconds.map(|s| s * 1000),
             reload: model.weights,
             may_swap: false,
+            stream: model.stream,
             instead_of: Default::default(),
             stuck: Default::default(),
             force: false,

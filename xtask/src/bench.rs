@@ -129,6 +129,7 @@ fn planner(count: u64) -> Result<()> {
         ttl: None,
         reload: Bytes::gib(1),
         may_swap: false,
+        stream: None,
         instead_of: BTreeSet::new(),
         stuck: BTreeSet::new(),
         force: false,

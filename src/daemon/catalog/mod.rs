@@ -6,6 +6,7 @@ mod ladder;
 mod price;
 mod sources;
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -201,6 +202,7 @@ impl Catalog for RealCatalog {
             ttl: model.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
             reload: Bytes::ZERO,
             may_swap: model.workload == Workload::Batch,
+            stream: None,
             instead_of: wish.instead_of.clone(),
             stuck: Default::default(),
             force: wish.force,
@@ -232,8 +234,10 @@ impl Catalog for RealCatalog {
         };
         let gpus = &self.seen_by_engine(&subject, wish, gpus)?.gpus[..];
         let files = known.files();
+        let always = Cell::new(Bytes::ZERO);
         let rung = |context: u64, (settings, estimate): &Priced| {
             let footprint = price::charge(facts, estimate, &files, settings, gpus);
+            always.set(always.get().max(Bytes(estimate.mapped_always_bytes)));
             Rung { context, footprint }
         };
         let price = |context: u64| Ok(rung(context, &price::needed(facts, &effective, context, gpus)?));
@@ -255,6 +259,7 @@ impl Catalog for RealCatalog {
             }
             Err(error) => return Err(config_error(error)),
         }
+        request.stream = effective.streams.then_some(always.get());
         request.advice = contexts.advised.into_iter().filter_map(|context| price(context).ok()).collect();
         Ok(request)
     }

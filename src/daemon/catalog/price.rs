@@ -32,7 +32,8 @@ pub(super) type Priced = (Settings, Estimate);
 /// where there is room to spare.
 ///
 /// Layers on the GPU are chosen by the sizes of its memory, not by what is free of it just now:
-/// making room is what the decisions are for.
+/// making room is what the decisions are for. A model that may stream and doesn't fit on an APU's GPU has all
+/// experts mapped: which of them stay in memory is then for their use to decide, not for their layer.
 pub(super) fn needed(
     facts: &Facts,
     effective: &Effective,
@@ -46,7 +47,15 @@ pub(super) fn needed(
         mapped_resident: true,
     };
     let settings = Settings { context, ..effective.settings.clone() };
-    let placement = fit::place(facts, &settings, &devices(gpus), &budget)?;
+    let devices = devices(gpus);
+    let placement = fit::place(facts, &settings, &devices, &budget)?;
+    let unified = gpus.iter().any(|gpu| gpu.kind == GpuKind::Unified);
+    if effective.streams && unified && placement.cpu_moe > 0 {
+        let all = Settings { overrides: settings.overrides, ..placement.settings };
+        let all = all.with_experts_on_host(facts.layer_count);
+        let estimate = fit::estimate(facts, &all, &devices)?;
+        return Ok((all, estimate));
+    }
     Ok((placement.settings, placement.estimate))
 }
 

@@ -176,11 +176,7 @@ impl Core {
             Planned::Admit(plan) => {
                 let done =
                     |step: &Step| matches!(step, Step::DropCache { .. }) && active.steps.contains(step);
-                let next = plan
-                    .steps
-                    .iter()
-                    .find(|step| !matches!(step, Step::ReduceContext { .. }) && !done(step))
-                    .cloned();
+                let next = plan.steps.iter().find(|step| !step.is_setting() && !done(step)).cloned();
                 self.reserve(&active, &plan, Phase::Preparing, now);
                 match next {
                     Some(step) => self.begin(active, step, machine, now, out),
@@ -238,7 +234,7 @@ impl Core {
                 let id = self.perform(Effect::Stop(victim.clone()), out);
                 active.stage = Stage::Stop { id, instance: victim.clone(), frees: *frees_bytes, room };
             }
-            Step::ReduceContext { .. } => {}
+            Step::ReduceContext { .. } | Step::Stream { .. } => {}
         }
         active.steps.push(step);
         self.active = Some(active);
@@ -342,13 +338,14 @@ impl Core {
     fn limit(&mut self, mut active: Active, plan: &Plan, machine: &Machine, now: u64, out: &mut Vec<Action>) {
         let request = &active.pending.request;
         let rung = &plan.rung;
-        active.steps.extend(plan.steps.iter().filter(|s| matches!(s, Step::ReduceContext { .. })).cloned());
+        active.steps.extend(plan.steps.iter().filter(|step| step.is_setting()).cloned());
         if rung.footprint.total().is_zero() {
             // Forced with an unknown size: there is nothing to limit it to.
             self.admit(active, now, out);
             return;
         }
-        let mut wanted = limits(&rung.footprint, request.may_swap);
+        let streams = plan.steps.iter().any(|step| matches!(step, Step::Stream { .. }));
+        let mut wanted = limits(&rung.footprint, request.may_swap, streams);
         if let Some(unit) = machine.units.get(&request.instance)
             && let Some(admin) = unit.admin_limit
         {
@@ -372,7 +369,7 @@ impl Core {
             kind: Kind::Admit,
             instance: instance.clone(),
             for_instance: None,
-            verdict: if active.steps.is_empty() { Verdict::Fits } else { Verdict::FitsAfter },
+            verdict: Verdict::after(&active.steps),
             at_msec: now,
             context,
             bytes,
@@ -424,7 +421,7 @@ impl Core {
             Planned::Admit(plan) => {
                 let steps: Vec<String> = plan.steps.iter().map(ToString::to_string).collect();
                 let would = format!("; enforcing would have meant: {}", steps.join(", "));
-                (Verdict::FitsAfter, would, plan.steps.clone(), None)
+                (Verdict::after(&plan.steps), would, plan.steps.clone(), None)
             }
             Planned::Wait(_) => {
                 (Verdict::FitsAfter, "; enforcing, it would wait".to_owned(), Vec::new(), None)

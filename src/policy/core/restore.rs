@@ -109,6 +109,7 @@ fn as_request(owed: &super::Owed) -> Request {
         ttl: r.ttl,
         reload: r.reload,
         may_swap: false,
+        stream: None,
         instead_of: Default::default(),
         stuck: Default::default(),
         force: false,

@@ -3,6 +3,7 @@
 use super::{Core, Pending};
 use crate::config::Instance;
 use crate::ledger::{Machine, Phase, Reservation, Unit, UnitState};
+use crate::policy::plan::rung_as_is;
 use crate::policy::request::Request;
 
 /// CPU time above this share (one in so many) is taken for serving requests: an idle llama-server
@@ -62,7 +63,8 @@ impl Core {
             return;
         }
         let phase = if unit.state == UnitState::Active { Phase::Running } else { Phase::Loading };
-        let mut reservation = request.reservation(rung, phase, now);
+        let as_is = rung_as_is(request, self.situation(machine, now));
+        let mut reservation = request.reservation(as_is.as_ref().unwrap_or(rung), phase, now);
         reservation.measured = unit.measured.clone();
         self.holders.insert(request.instance.clone(), reservation);
     }
