@@ -29,12 +29,17 @@ fn deeds(models: usize) -> impl Strategy<Value = Vec<Deed>> {
 /// One model as a line of a scenario.
 fn model(n: usize) -> impl Strategy<Value = String> {
     let placement = prop_oneof![Just("gpu"), Just("mapped"), Just("anonymous")];
-    (1u64..60, placement, 0u8..5, any::<bool>(), 1u64..40, 0u64..5, 0u64..3).prop_map(
-        move |(weights, placement, priority, shrinks, load, stop, file)| {
+    (1u64..60, placement, 0u8..5, any::<bool>(), 1u64..40, 0u64..5, 0u64..3, 0u64..6).prop_map(
+        move |(weights, placement, priority, shrinks, load, stop, file, streams)| {
             let minimum = if shrinks { ", context-min = 4096" } else { "" };
+            // One in six is up to twice as large as memory, a tenth of which every token touches.
+            let (weights, stream) = match streams {
+                0 => (weights * 4, format!(", stream = '{}MiB'", weights * 4 * 102)),
+                _ => (weights, String::new()),
+            };
             format!(
                 "m{n} = {{ weights = '{weights}GiB', placement = '{placement}', priority = {}, kv-per-token = '256KiB', \
-                 private = '512MiB', context = 32768{minimum}, load-seconds = {load}, stop-seconds = {stop}, file = {} }}",
+                 private = '512MiB', context = 32768{minimum}{stream}, load-seconds = {load}, stop-seconds = {stop}, file = {} }}",
                 priority * 20,
                 if file == 0 { 7 } else { 100 + n },
             )
