@@ -105,3 +105,23 @@ fn estimates_are_those_of_the_measured_headers() {
         }
     }
 }
+
+#[test]
+fn a_token_reads_what_is_not_in_memory_of_the_experts_that_it_uses() {
+    let model = catalogue::find("deepseek-v3.1:tq1_0").unwrap().model().unwrap();
+    let facts = Facts::from_model(&model).unwrap();
+    let settings = Settings { context: 4096, load_mode: fit::LoadMode::Mmap, ..Settings::default() };
+    let estimate = fit::estimate(&facts, &settings, &Devices::default()).unwrap();
+    let (always, experts) = (estimate.mapped_always_bytes, estimate.mapped_experts_bytes);
+    // All but the embedding's rows, of which a token reads one.
+    assert!(always + experts < estimate.mapped_bytes && experts > 9 * always, "{always} {experts}");
+    let reading = |resident| fit::reading(&facts, &estimate, resident);
+    assert_eq!(reading(always - 1), None, "what every token touches is not all there");
+    // Eight of 256 experts.
+    assert_eq!(reading(always).unwrap().read_bytes, experts.div_ceil(32));
+    assert_eq!(reading(always).unwrap().touched_bytes, always + experts.div_ceil(32));
+    assert_eq!(reading(always + experts / 2).unwrap().read_bytes, (experts - experts / 2).div_ceil(32));
+    let whole = reading(estimate.mapped_bytes).unwrap();
+    assert_eq!((whole.read_bytes, fit::millitokens_per_second(&whole, 1)), (0, None));
+    assert_eq!(fit::millitokens_per_second(&reading(always).unwrap(), experts.div_ceil(32)), Some(1000));
+}

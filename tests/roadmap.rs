@@ -48,7 +48,8 @@ fn price(name: &str, context: u64, taken: u64) -> Priced {
     let identity = model.shards()[0].identity;
     let files = [FileId { device: identity.device, inode: identity.inode }];
     let footprint = verdict::footprint(&estimate, &files, &[0]);
-    let judgement = verdict::judge(&footprint, estimate.known, &machine(), &room);
+    let judgement =
+        verdict::judge(&footprint, Bytes(estimate.mapped_always_bytes), estimate.known, &machine(), &room);
     Priced { file: model.file_bytes(), estimate, footprint, judgement }
 }
 
@@ -354,16 +355,17 @@ fn contexts(out: &mut String) {
 fn together(names: &[&str], context: u64) -> (u64, Judgement) {
     let mut sum = Footprint::default();
     sum.gpus.push(Bytes::ZERO);
-    let mut known = true;
+    let (mut known, mut always) = (true, Bytes::ZERO);
     for name in names {
         let priced = price(name, context, sum.gpus[0].0 + sum.private.0);
         sum.private += priced.footprint.private;
         sum.gpus[0] += priced.footprint.gpus.first().copied().unwrap_or_default();
         sum.mapped.extend(priced.footprint.mapped);
+        always += Bytes(priced.estimate.mapped_always_bytes);
         known &= priced.estimate.known;
     }
     let room = Room::of(&machine(), RESERVE, &PerPool::default());
-    (sum.total().0, verdict::judge(&sum, known, &machine(), &room))
+    (sum.total().0, verdict::judge(&sum, always, known, &machine(), &room))
 }
 
 fn combinations(out: &mut String) {

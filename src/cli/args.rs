@@ -135,6 +135,9 @@ pub struct Fit {
     /// Swap of that machine
     #[arg(long, value_name = "SIZE", help_heading = "Another machine")]
     pub swap: Option<Bytes>,
+    /// What its disk reads in a second, for models that stream, such as 3GB/s
+    #[arg(long, value_name = "SPEED", value_parser = speed, help_heading = "Another machine")]
+    pub disk_speed: Option<Bytes>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -383,6 +386,13 @@ fn size_or_none(text: &str) -> Result<SizeOrNone, String> {
     text.parse().map(SizeOrNone::Size).map_err(|e: crate::bytes::ParseBytesError| e.to_string())
 }
 
+/// A size a second, `/s` said or not; not nothing.
+fn speed(text: &str) -> Result<Bytes, String> {
+    let size = text.strip_suffix("/s").unwrap_or(text);
+    let speed: Bytes = size.parse().map_err(|e: crate::bytes::ParseBytesError| e.to_string())?;
+    if speed.is_zero() { Err("a disk that reads nothing".to_owned()) } else { Ok(speed) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -412,6 +422,8 @@ mod tests {
         assert_eq!(size_or_none("none"), Ok(SizeOrNone::None));
         assert_eq!(size_or_none("120GiB"), Ok(SizeOrNone::Size(Bytes::gib(120))));
         assert!(size_or_none("lots").is_err());
+        assert_eq!((speed("3GB/s"), speed("500MB")), (Ok(Bytes(3_000_000_000)), Ok(Bytes(500_000_000))));
+        assert!(speed("0/s").is_err());
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod hyper;
 mod pattern;
 mod place;
 mod settings;
+mod throughput;
 mod weights;
 
 use serde::Serialize;
@@ -30,6 +31,7 @@ pub use place::{Budget, Placement, max_context, place};
 pub use settings::{
     Device, DeviceKind, Devices, Draft, FlashAttention, GpuLayers, LoadMode, Override, Settings, SplitMode,
 };
+pub use throughput::{DISK_SPEEDS, Reading, millitokens_per_second, reading};
 
 /// The version of llama.cpp whose rules these are.
 pub const ENGINE_VERSION: &str = "0.7.0 (build 11669)";
@@ -178,6 +180,8 @@ pub struct Estimate {
     /// The part of `mapped_bytes` that every token touches: attention, routers, shared experts and the output,
     /// but neither experts, of which few are used, nor the rows of the embedding.
     pub mapped_always_bytes: u64,
+    /// The part of `mapped_bytes` that is routed experts, of which each token uses a few.
+    pub mapped_experts_bytes: u64,
     /// Weights on the host in anonymous memory.
     pub anonymous_weights_bytes: u64,
     /// The part of `anonymous_weights_bytes` that is repacked: its mapped originals stay as page cache.
@@ -268,6 +272,7 @@ fn alone(facts: &Facts, settings: &Settings, devices: &Devices) -> Result<Estima
         mapped_bytes: placed.mapped_by_shard.iter().sum(),
         mapped_by_shard: placed.mapped_by_shard,
         mapped_always_bytes: placed.mapped_always,
+        mapped_experts_bytes: placed.mapped_experts,
         anonymous_weights_bytes: placed.anonymous,
         repacked_bytes: placed.repacked,
         gpu_layers: assigned.count(),

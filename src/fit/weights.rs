@@ -79,6 +79,8 @@ pub(super) struct Placed {
     pub mapped_by_shard: Vec<u64>,
     /// Of those, what every token touches: neither experts nor the rows of the embedding.
     pub mapped_always: u64,
+    /// Of those, routed experts.
+    pub mapped_experts: u64,
     /// On the host, anonymous, repacked ones too.
     pub anonymous: u64,
     /// On the host, repacked.
@@ -244,8 +246,10 @@ impl Placing<'_> {
             }
             Buffer::Host if self.mapped => {
                 self.placed.mapped_by_shard[group.shard] += group.bytes;
-                if group.class != Class::Experts && group.place != Place::Input {
-                    self.placed.mapped_always += group.bytes;
+                match (group.class, group.place) {
+                    (Class::Experts, _) => self.placed.mapped_experts += group.bytes,
+                    (_, Place::Input) => {}
+                    _ => self.placed.mapped_always += group.bytes,
                 }
             }
             Buffer::Host => self.placed.anonymous += group.bytes,

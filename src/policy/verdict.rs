@@ -50,10 +50,10 @@ pub struct Judgement {
     pub resident_per_mille: u64,
 }
 
-/// Judges a footprint. `known`: whether the estimate covers all of it; where not, nothing is
-/// promised.
+/// Judges a footprint. `always`: what every token touches of its mapped weights, without which in memory
+/// nothing streams. `known`: whether the estimate covers all of it; where not, nothing is promised.
 #[must_use]
-pub fn judge(footprint: &Footprint, known: bool, machine: &Machine, room: &Room) -> Judgement {
+pub fn judge(footprint: &Footprint, always: Bytes, known: bool, machine: &Machine, room: &Room) -> Judgement {
     let charge = Charges::default().per_pool(machine, &[], Some(footprint));
     let short = charge.shortfall(&room.emptied);
     let mut judgement =
@@ -66,15 +66,16 @@ pub fn judge(footprint: &Footprint, known: bool, machine: &Machine, room: &Room)
         Some((Pool::Gpu(_) | Pool::Slice, _)) => Verdict::Refused,
         Some((Pool::Memory, missing)) => {
             let mapped = footprint.mapped_bytes();
+            let may_go = mapped - always;
             let gpus_fit = footprint.gpus.iter().zip(&room.emptied.gpus).all(|(need, have)| need <= have);
             if !gpus_fit {
                 Verdict::Refused
-            } else if missing <= mapped && !mapped.is_zero() {
+            } else if missing <= may_go {
                 judgement.resident_per_mille = Bytes(1000).mul_div((mapped - missing).0, mapped.0).0;
                 Verdict::Streams
             } else {
                 // Mapped weights need no swap; what is left of the gap is private.
-                let needed = missing - mapped;
+                let needed = missing - may_go;
                 if needed <= footprint.private {
                     judgement.swap_needed = needed;
                     if needed <= room.swap { Verdict::FitsWithSwap } else { Verdict::Refused }
@@ -142,7 +143,7 @@ mod tests {
         let held = PerPool { memory: Bytes::gib(held), ..PerPool::default() };
         let mut room = Room::of(machine, Bytes::gib(4), &held);
         room.swap = Bytes::gib(swap);
-        judge(footprint, true, machine, &room)
+        judge(footprint, Bytes::gib(10), true, machine, &room)
     }
 
     #[test]
@@ -171,6 +172,9 @@ mod tests {
         assert_eq!((streams.verdict, streams.resident_per_mille), (Verdict::Streams, 500));
         let swaps = verdict(&takes(150, 0, 0), &host, 0, 32);
         assert_eq!((swaps.verdict, swaps.swap_needed), (Verdict::FitsWithSwap, Bytes::gib(30)));
+        // What every token touches of the weights stays, and has private bytes make way.
+        let both = verdict(&takes(115, 200, 0), &host, 0, 64);
+        assert_eq!((both.verdict, both.swap_needed), (Verdict::FitsWithSwap, Bytes::gib(5)));
         // Not enough swap: refused, and how much it would take is still said.
         let refused = verdict(&takes(150, 0, 0), &host, 0, 8);
         assert_eq!((refused.verdict, refused.swap_needed), (Verdict::Refused, Bytes::gib(30)));
@@ -180,6 +184,6 @@ mod tests {
     fn an_unknown_size_promises_nothing() {
         let host = machine(GpuKind::Discrete, 124);
         let room = Room::of(&host, Bytes::gib(4), &PerPool::default());
-        assert_eq!(judge(&takes(1, 0, 0), false, &host, &room).verdict, Verdict::Unknown);
+        assert_eq!(judge(&takes(1, 0, 0), Bytes::ZERO, false, &host, &room).verdict, Verdict::Unknown);
     }
 }

@@ -6,7 +6,7 @@ use crate::bytes::Bytes;
 use crate::cli::args::{Fit, SizeOrNone};
 use crate::cli::failure::Failure;
 use crate::config::Reserve;
-use crate::fit::{Device, DeviceKind, Devices, Settings};
+use crate::fit::{DISK_SPEEDS, Device, DeviceKind, Devices, Settings};
 use crate::host::{ControlGroup, Host};
 use crate::ledger::{Gpu, GpuKind, Machine, Memory, PerPool};
 use crate::policy::request::auto_reserve;
@@ -23,6 +23,8 @@ pub struct Target {
     pub room: Room,
     /// Described on the command line, rather than this machine.
     pub described: bool,
+    /// What its disk reads at the least and at the most; bytes a second.
+    pub disk_speeds: [u64; 2],
 }
 
 impl Target {
@@ -55,7 +57,8 @@ impl Target {
             _ => auto_reserve(&machine.memory),
         };
         let room = Room::of(&machine, reserve, &held);
-        Ok(Self { machine, reserve, room, described })
+        let disk_speeds = args.disk_speed.map_or(DISK_SPEEDS, |speed| [speed.0; 2]);
+        Ok(Self { machine, reserve, room, described, disk_speeds })
     }
 
     /// This machine.
@@ -66,7 +69,7 @@ impl Target {
             Reserve::Auto => auto_reserve(&machine.memory),
         };
         let room = Room::of(&machine, reserve, &held);
-        Ok(Self { machine, reserve, room, described: false })
+        Ok(Self { machine, reserve, room, described: false, disk_speeds: DISK_SPEEDS })
     }
 
     /// Its GPUs as an engine sees them. Their names are what `--device` calls them, where it does.

@@ -10,7 +10,7 @@ mod subject;
 
 use crate::bytes::Bytes;
 use crate::config::Oversize;
-use crate::fit::{self, Budget, Devices, Estimate, Facts, FitError, LoadMode, Settings};
+use crate::fit::{self, Budget, Devices, Estimate, Facts, FitError, LoadMode, Reading, Settings};
 use crate::ledger::{FileId, Footprint};
 use crate::policy::Verdict;
 use crate::policy::verdict::{Judgement, footprint, judge, unified};
@@ -37,6 +37,8 @@ struct Line {
     cpu_moe: u32,
     /// Where it does not fit: what would come of mapping the weights, if it would then stream.
     mapped: Option<Judgement>,
+    /// Where it streams: what a token reads.
+    reading: Option<Reading>,
 }
 
 pub(super) fn fit(args: &Fit) -> Result<(), Failure> {
@@ -135,8 +137,17 @@ impl<'a> Pricer<'a> {
             .filter_map(|device| self.devices.list.iter().position(|d| d.name == device.name))
             .collect();
         let footprint = footprint(&estimate, &self.files, &gpus);
-        let judgement = judge(&footprint, estimate.known, &self.target.machine, &self.target.room);
-        Ok(Line { estimate, judgement, footprint, cpu_moe: placement.cpu_moe, mapped: None })
+        let judgement = judge(
+            &footprint,
+            Bytes(estimate.mapped_always_bytes),
+            estimate.known,
+            &self.target.machine,
+            &self.target.room,
+        );
+        let streams = judgement.verdict == Verdict::Streams;
+        let resident = footprint.mapped_bytes().mul_div(judgement.resident_per_mille, 1000);
+        let reading = streams.then(|| fit::reading(&self.facts, &estimate, resident.0)).flatten();
+        Ok(Line { estimate, judgement, footprint, cpu_moe: placement.cpu_moe, mapped: None, reading })
     }
 
     /// The largest context, in steps of 256 tokens and at most what the model was trained on, that

@@ -10,7 +10,7 @@ use super::{Line, settings};
 use crate::bytes::{Bytes, MIB};
 use crate::cli::output::{Align, Painter, Style, Table, gib, wrap};
 use crate::cli::verbs::verdict_style;
-use crate::fit::{ENGINE_VERSION, Parts};
+use crate::fit::{ENGINE_VERSION, Parts, millitokens_per_second};
 use crate::ledger::Pool;
 use crate::policy::Verdict;
 
@@ -33,7 +33,7 @@ pub fn json(subject: &Subject, target: &Target, lines: &[Line]) -> Value {
         "settings": settings::json(subject),
         "engine": ENGINE_VERSION,
         "machine": target.json(),
-        "estimates": lines.iter().map(estimate).collect::<Vec<_>>(),
+        "estimates": lines.iter().map(|line| estimate(target, line)).collect::<Vec<_>>(),
     })
 }
 
@@ -58,7 +58,8 @@ pub fn model_json(subject: &Subject) -> Value {
     })
 }
 
-pub fn estimate(line: &Line) -> Value {
+/// One estimate with its verdict.
+pub fn estimate(target: &Target, line: &Line) -> Value {
     let mut value = serde_json::to_value(&line.estimate).unwrap_or_default();
     if let Value::Object(object) = &mut value {
         // Neither the daemon's concern nor stable: indices of files and devices.
@@ -68,9 +69,35 @@ pub fn estimate(line: &Line) -> Value {
         object.insert("verdict".to_owned(), json!(word(line.judgement.verdict)));
         object.insert("resident_per_mille".to_owned(), json!(line.judgement.resident_per_mille));
         object.insert("short_bytes".to_owned(), json!(line.judgement.short.map_or(Bytes::ZERO, |(_, b)| b)));
-        object.insert("tokens_per_second".to_owned(), Value::Null);
+        object.insert("read_bytes_per_token".to_owned(), json!(line.reading.map(|r| r.read_bytes)));
+        object.insert("tokens_per_second".to_owned(), json!(tokens_per_second(target, line)));
     }
     value
+}
+
+/// From the slowest disk to the fastest that it may have, where a line streams.
+fn tokens_per_second(target: &Target, line: &Line) -> Option<[f64; 2]> {
+    let reading = line.reading?;
+    let at = |speed| Some(f64::from(u32::try_from(millitokens_per_second(&reading, speed)?).ok()?) / 1000.0);
+    let [least, most] = target.disk_speeds;
+    Some([at(least)?, at(most)?])
+}
+
+/// What a token reads where lines stream, and how many a second that makes.
+fn reading(target: &Target, lines: &[Line]) -> Option<String> {
+    let read: Vec<Bytes> = lines.iter().filter_map(|line| Some(Bytes(line.reading?.read_bytes))).collect();
+    let rates: Vec<[f64; 2]> = lines.iter().filter_map(|line| tokens_per_second(target, line)).collect();
+    let least = rates.iter().map(|rate| rate[0]).reduce(f64::min)?;
+    let most = rates.iter().map(|rate| rate[1]).reduce(f64::max)?;
+    let each = range(&gib(*read.iter().min()?), &gib(*read.iter().max()?), " GiB");
+    let gigabytes = |speed: u64| format!("{}.{}", speed / 1_000_000_000, speed / 100_000_000 % 10);
+    let [slow, fast] = target.disk_speeds.map(gigabytes);
+    let given = if slow == fast { "" } else { " (--disk-speed says which)" };
+    Some(format!(
+        "A token reads {each} from disk if experts are used evenly: {} at the most, on a disk of {}{given}.",
+        range(&format!("{least:.1}"), &format!("{most:.1}"), " tokens a second"),
+        range(&slow, &fast, " GB/s")
+    ))
 }
 
 /// The answer for people.
@@ -84,7 +111,7 @@ pub fn text(
     let mut out = heading(subject, target, painter);
     out.push('\n');
     out.push_str(&table(lines, painter));
-    out.push_str(&footnotes(subject, lines));
+    out.push_str(&footnotes(subject, target, lines));
     if let (true, Some(line)) = (max_context, lines.first()) {
         let trained = subject.model.context_train();
         let _ = match line.estimate.context {
@@ -208,7 +235,7 @@ fn verdict(line: &Line) -> String {
 }
 
 /// What the table has no room for: each thing once, however many lines it is true of.
-fn footnotes(subject: &Subject, lines: &[Line]) -> String {
+fn footnotes(subject: &Subject, target: &Target, lines: &[Line]) -> String {
     let mut out = "Sizes in GiB.".to_owned();
     if !subject.has_exact_weights() {
         out.push_str(" ~: which types its tensors have only the file's header tells.");
@@ -247,6 +274,7 @@ fn footnotes(subject: &Subject, lines: &[Line]) -> String {
     if of(Verdict::Streams).next().is_some() {
         say("streams: only so much of the mapped weights stays resident, the rest is read from disk again and again."
             .to_owned());
+        reading(target, lines).into_iter().for_each(&mut say);
     }
     for (pool, name) in
         [(Pool::Memory, "memory"), (Pool::Gpu(0), "GPU memory"), (Pool::Slice, "llm.slice's limit")]

@@ -89,7 +89,8 @@ fn price(args: &Fit) -> Result<(Set, Target), Failure> {
     let charge = charges.per_pool(&target.machine, &[], None);
     let together = together(members.iter().map(|m| &m.line.footprint));
     let known = members.iter().all(|m| m.line.estimate.known);
-    let judgement = judge(&together, known, &target.machine, &target.room);
+    let always = members.iter().map(|m| Bytes(m.line.estimate.mapped_always_bytes)).sum();
+    let judgement = judge(&together, always, known, &target.machine, &target.room);
     let all: Bytes = members.iter().map(|m| m.line.footprint.mapped_bytes()).sum();
     let shared = all - together.mapped_bytes();
     Ok((Set { members, charge, shared, judgement }, target))
@@ -139,7 +140,7 @@ fn pool_name(pool: Pool) -> String {
 fn json(set: &Set, target: &Target) -> Value {
     let member = |member: &Member| {
         let Member { subject, line } = member;
-        json!({ "model": report::model_json(subject), "estimate": report::estimate(line) })
+        json!({ "model": report::model_json(subject), "estimate": report::estimate(target, line) })
     };
     let room = &target.room.emptied;
     json!({
