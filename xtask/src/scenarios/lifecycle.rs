@@ -2,6 +2,7 @@
 
 use crate::lab::{Config, Lab, PATIENCE};
 use anyhow::{Result, ensure};
+use plimsoll::bytes::Bytes;
 
 /// "Evicted models return when there is room"; "what a person stopped stays stopped".
 pub fn evicted_models_return(lab: &mut Lab) -> Result<()> {
@@ -108,4 +109,33 @@ pub fn other_engines_and_observing(lab: &mut Lab) -> Result<()> {
     let explained = lab.guest.ok("plimsoll explain boastful")?;
     ensure!(!explained.is_empty(), "nothing is said of what would have been done");
     Ok(())
+}
+
+/// "Models larger than memory made to run on purpose": a mixture of experts of 2.6 GiB on a machine of 2
+/// answers with part of its weights on disk, within its limit, and who went for it comes back.
+pub fn one_larger_than_memory_streams(lab: &mut Lab) -> Result<()> {
+    let monster = Config::new("monster", 8002).priority(80).with("oversize = \"stream\"");
+    lab.configure(&[Config::new("rival-a", 8001).priority(40), monster])?;
+    lab.serve("rival-a", 8001)?;
+    let planned = lab.plan("monster")?;
+    ensure!(planned.verdict == "streams", "{planned:?}");
+    lab.serve("monster", 8002)?;
+    ensure!(lab.state("rival-a")? == "inactive", "rival-a holds room that the monster needs");
+    let (model, pool) = (lab.model("monster")?, lab.memory_pool()?);
+    let (resident, private) = (model.predicted.mapped_bytes, model.predicted.private_bytes);
+    ensure!(resident < Bytes::mib(1600) && resident > Bytes::mib(800), "{resident} of it stay resident");
+    // All room is its own; what the system uses goes up and down by a little meanwhile.
+    ensure!(pool.reserved_bytes <= pool.capacity_bytes + Bytes::mib(64), "{pool:?}");
+    let high: u64 = lab.property("monster", "MemoryHigh")?.parse()?;
+    ensure!(
+        Bytes(high) >= resident + private && Bytes(high) <= resident + private + Bytes::mib(300),
+        "MemoryHigh={high} for {resident} resident and {private} private"
+    );
+    lab.guest.ok("systemctl stop llm@monster.service")?;
+    lab.guest.wait_until(
+        "the evicted model is back",
+        PATIENCE,
+        "systemctl is-active --quiet llm@rival-a.service",
+    )?;
+    lab.no_oom_kill()
 }

@@ -47,6 +47,7 @@ scenarios![
     lifecycle::crash_restarts_through_the_gate,
     lifecycle::evicted_models_return,
     lifecycle::context_shrinks_before_eviction,
+    lifecycle::one_larger_than_memory_streams,
     lifecycle::other_engines_and_observing,
     access::group_members_may_load,
     access::engine_is_unprivileged,

@@ -34,7 +34,8 @@ fn bring_the_tree(lab: &Lab) -> Result<()> {
     let tree = root.join("target/vm/tree");
     let _ = std::fs::remove_dir_all(&tree);
     std::fs::create_dir_all(&tree)?;
-    let tool = std::env::current_exe().context("where is this program?")?;
+    // Not its path: that leads nowhere once the tool was built again while it runs.
+    let tool = std::path::PathBuf::from(format!("/proc/{}/exe", std::process::id()));
     for (from, name) in
         [(programs.join("plimsoll"), "plimsoll"), (programs.join("plimsolld"), "plimsolld"), (tool, "xtask")]
     {
