@@ -40,7 +40,7 @@ pub fn models(directory: &Path, test: &str) -> BTreeMap<String, Facts> {
 }
 
 /// The oracle's devices: ggml's RPC backend, one or two, with equal free memory.
-fn devices(name: &str) -> Devices {
+pub fn devices(name: &str) -> Devices {
     let count = match name {
         "gpu" => 1,
         "gpu2" => 2,

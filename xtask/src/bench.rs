@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: figures for what the project promises to be fast or small. No pass or fail.
 
 mod bus;
+mod fit;
 
 use crate::lab::{Config, Lab};
 use crate::models::{self, deepseek};
@@ -48,6 +49,7 @@ pub fn bench(options: &BenchOptions) -> Result<()> {
     }
     let programs = install::build("release")?;
     large_header(&programs)?;
+    fit::estimates()?;
     planner(1000)?;
     bus::plans(&programs)?;
     if !options.no_vm {

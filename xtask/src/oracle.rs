@@ -6,9 +6,12 @@ mod compare;
 #[allow(dead_code)] // its own directory and a part of the columns are for the tests
 mod fixture;
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
+pub use compare::devices;
+use plimsoll::fit::Facts;
 
 use crate::host;
 
@@ -23,15 +26,22 @@ pub struct OracleOptions {
     pub directory: Option<PathBuf>,
 }
 
+/// The directory of the committed measurements.
+pub fn committed() -> PathBuf {
+    host::source_root().join("tests/fixtures/oracle")
+}
+
+/// The models of a directory by their names, and what was measured with them.
+pub fn measured(directory: &Path) -> Result<(BTreeMap<String, Facts>, Vec<fixture::Cell>)> {
+    let table = directory.join("cells.tsv");
+    ensure!(table.is_file(), "{} is missing: it holds the measurements", table.display());
+    Ok((compare::models(directory, "report"), fixture::cells(&table)))
+}
+
 /// Prints the report; the code is 1 where weights, cache, state or output are not exact, or the engine took
 /// settings that are refused here.
 pub fn oracle(options: &OracleOptions) -> Result<u8> {
-    let directory =
-        options.directory.clone().unwrap_or_else(|| host::source_root().join("tests/fixtures/oracle"));
-    let table = directory.join("cells.tsv");
-    ensure!(table.is_file(), "{} is missing: it holds the measurements", table.display());
-    let models = compare::models(&directory, "report");
-    let cells = fixture::cells(&table);
+    let (models, cells) = measured(&options.directory.clone().unwrap_or_else(committed))?;
     let rows = compare::rows(&models, &cells);
     compare::print(&models, &rows, options.every);
     let mut wrong = 0;
