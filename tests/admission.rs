@@ -5,7 +5,7 @@
 use plimsoll::bytes::Bytes;
 use plimsoll::ledger::UnitState;
 use plimsoll::policy::decision::Kind;
-use plimsoll::policy::{Planned, Refusal, RefusalKind, Step};
+use plimsoll::policy::{Planned, Refusal, RefusalKind, Step, Verdict};
 use plimsoll::sim::{Scenario, Simulation};
 
 /// A machine with 100 GiB for models beside 4 of the system, and models as `name = {...}` lines.
@@ -361,5 +361,59 @@ fn without_room_for_what_every_token_touches_nothing_streams_and_nothing_is_stop
     assert_eq!(s.running(), ["a"]);
     assert_eq!(refusal(&s).short_bytes, Bytes::gib(68));
     assert_eq!(evicted(&s), Vec::<String>::new());
+    sound(&s);
+}
+
+/// 100 GiB for models, and 200 on disk.
+fn with_disk(models: &str) -> Simulation {
+    simulation(&format!(
+        "[machine]\nmemory = '104GiB'\nsystem = '4GiB'\nreserve = '0B'\nswap-room = '200GiB'\n[models]\n{models}\n"
+    ))
+}
+
+const MONSTER: &str = "monster = { weights = '150GiB', placement = 'anonymous', priority = 80, swap = '120GiB', context = 4096 }";
+
+#[test]
+fn a_model_larger_than_memory_runs_with_a_swapfile_that_goes_with_it() {
+    let mut s = with_disk(&format!("small = {{ weights = '30GiB', placement = 'anonymous' }}\n{MONSTER}"));
+    s.start("small").run(60);
+    s.start("monster").run(5);
+    let machine = s.world.observe();
+    // 50 GiB don't fit, and the file is an eighth larger.
+    assert_eq!(machine.swap_of_plans(), Bytes::gib(50) + Bytes::gib(50).mul_div(1, 8));
+    s.run(60);
+    assert_eq!(s.running(), ["monster"]);
+    let admitted =
+        s.decisions.iter().find(|d| d.kind == Kind::Admit && d.instance.to_string() == "monster").unwrap();
+    assert_eq!(admitted.verdict, Verdict::FitsWithSwap);
+    let steps: Vec<String> = admitted.steps.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        steps,
+        [
+            "stopping small (lower priority, frees 30.0 GiB)",
+            "making a swapfile of 56.3 GiB",
+            "leaving 50.0 GiB of it in swap"
+        ]
+    );
+    s.restart_daemon();
+    s.run(60);
+    assert_eq!(s.running(), ["monster"], "a restart of the daemon takes no swap away");
+    assert!(!s.world.observe().swap_of_plans().is_zero());
+    s.stop("monster").run(120);
+    assert_eq!(s.running(), ["small"], "who went for it is back");
+    assert_eq!(s.world.observe().swaps, [], "and the swapfile is gone");
+    sound(&s);
+}
+
+#[test]
+fn swap_is_no_help_beyond_what_may_be_swapped_or_what_the_disk_holds() {
+    // All but 20 GiB of it may be swapped, and 120 remain.
+    let mut s = with_disk("monster = { weights = '300GiB', placement = 'anonymous', swap = '120GiB' }");
+    s.start("monster").run(60);
+    assert_eq!((s.running().len(), s.world.observe().swaps.len()), (0, 0));
+    // 180 GiB of swap would do, and with their margin they are more than the disk has.
+    let mut s = with_disk("monster = { weights = '280GiB', placement = 'anonymous', swap = '260GiB' }");
+    s.start("monster").run(60);
+    assert_eq!((s.running().len(), s.world.observe().swaps.len()), (0, 0));
     sound(&s);
 }

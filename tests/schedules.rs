@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use plimsoll::bytes::Bytes;
 use plimsoll::ledger::UnitState;
 use plimsoll::policy::decision::Kind;
 use plimsoll::sim::{Scenario, Simulation};
@@ -29,17 +30,19 @@ fn deeds(models: usize) -> impl Strategy<Value = Vec<Deed>> {
 /// One model as a line of a scenario.
 fn model(n: usize) -> impl Strategy<Value = String> {
     let placement = prop_oneof![Just("gpu"), Just("mapped"), Just("anonymous")];
-    (1u64..60, placement, 0u8..5, any::<bool>(), 1u64..40, 0u64..5, 0u64..3, 0u64..6).prop_map(
-        move |(weights, placement, priority, shrinks, load, stop, file, streams)| {
+    (1u64..60, placement, 0u8..5, any::<bool>(), 1u64..40, 0u64..5, 0u64..3, 0u64..9).prop_map(
+        move |(weights, placement, priority, shrinks, load, stop, file, oversize)| {
             let minimum = if shrinks { ", context-min = 4096" } else { "" };
-            // One in six is up to twice as large as memory, a tenth of which every token touches.
-            let (weights, stream) = match streams {
-                0 => (weights * 4, format!(", stream = '{}MiB'", weights * 4 * 102)),
-                _ => (weights, String::new()),
+            // One in nine is up to twice as large as memory, a tenth of which every token touches, and streams; two
+            // in nine swap.
+            let (weights, placement, oversize) = match oversize {
+                0 => (weights * 4, placement, format!(", stream = '{}MiB'", weights * 4 * 102)),
+                1 | 2 => (weights * 4, "anonymous", format!(", swap = '{}MiB'", weights * 4 * 922)),
+                _ => (weights, placement, String::new()),
             };
             format!(
                 "m{n} = {{ weights = '{weights}GiB', placement = '{placement}', priority = {}, kv-per-token = '256KiB', \
-                 private = '512MiB', context = 32768{minimum}{stream}, load-seconds = {load}, stop-seconds = {stop}, file = {} }}",
+                 private = '512MiB', context = 32768{minimum}{oversize}, load-seconds = {load}, stop-seconds = {stop}, file = {} }}",
                 priority * 20,
                 if file == 0 { 7 } else { 100 + n },
             )
@@ -50,9 +53,9 @@ fn model(n: usize) -> impl Strategy<Value = String> {
 fn machines() -> impl Strategy<Value = (String, usize)> {
     (2usize..8).prop_flat_map(|count| {
         let models: Vec<_> = (0..count).map(model).collect();
-        (models, 40u64..140).prop_map(move |(models, gtt)| {
+        (models, 40u64..140, 0u64..300).prop_map(move |(models, gtt, disk)| {
             let text = format!(
-                "[machine]\nmemory = '128GiB'\nsystem = '4GiB'\n\
+                "[machine]\nmemory = '128GiB'\nsystem = '4GiB'\nswap-room = '{disk}GiB'\n\
                  gpus = [{{ name = 'card0', kind = 'unified', total = '{gtt}GiB', used = '0B' }}]\n[models]\n{}\n",
                 models.join("\n")
             );
@@ -112,6 +115,10 @@ proptest! {
         let still: Vec<String> = s.core.owed().iter().map(|owed| owed.instance.to_string()).collect();
         for name in owed {
             prop_assert!(running.contains(&name) || still.contains(&name), "{} is lost", name);
+        }
+        // Swapfiles go with the models that they were made for.
+        if running.is_empty() {
+            prop_assert_eq!(s.world.observe().swap_of_plans(), Bytes::ZERO);
         }
         prop_assert!(still.is_empty() || !running.is_empty(), "room is free and nobody returns: {still:?}");
     }

@@ -7,6 +7,7 @@ pub mod cgroup;
 pub mod notify;
 pub mod page_cache;
 pub mod state_file;
+pub mod swapfile;
 pub mod systemd;
 
 /// What an action did.

@@ -16,6 +16,9 @@ struct Arguments {
     /// PLIMSOLL_BUS_ADDRESS=..., which `plimsoll` then takes from its environment
     #[arg(long, value_name = "FILE")]
     simulate: Option<PathBuf>,
+    /// Carry out an order about a swapfile, as plimsoll-swap@.service does, and end
+    #[arg(long, value_name = "ORDER", hide = true, conflicts_with_all = ["simulate", "bus"])]
+    swap: Option<String>,
     /// Serve on the bus at this address
     #[arg(long, value_name = "ADDRESS")]
     bus: Option<String>,
@@ -29,6 +32,9 @@ fn main() -> ExitCode {
     let bus = arguments.bus.as_deref();
     if let Some(scenario) = arguments.simulate {
         return server::run(simulated::simulate(&scenario, bus));
+    }
+    if let Some(order) = arguments.swap {
+        return server::swap(&arguments.root, &order);
     }
     let quotes = Arc::new(LocalQuotes { root: arguments.root.clone() });
     server::run(server::serve(&arguments.root, bus, quotes))

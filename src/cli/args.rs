@@ -88,6 +88,7 @@ pub enum Verb {
     Pin(Pin),
     Unpin(Unpin),
     Mode(Mode),
+    Swap(Swap),
     Reload(Reload),
     Validate(Validate),
     Run(Run),
@@ -271,6 +272,46 @@ pub struct Mode {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Show swap, or make and remove swapfiles
+///
+/// The daemon makes a swapfile by itself for a model with oversize = "swap", and removes it afterwards. One that is
+/// made here stays until it is removed here, or the machine restarts. 'list' is what happens without a command.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  plimsoll swap\n  plimsoll swap add 64GiB\n  plimsoll swap remove --all")]
+pub struct Swap {
+    #[command(subcommand)]
+    pub command: Option<SwapCommand>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What to do about swap.
+#[derive(Debug, Subcommand)]
+pub enum SwapCommand {
+    /// Show every swap area, and what swapfiles may still take
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a swapfile and use it
+    Add {
+        /// Its size, such as 64GiB
+        #[arg(value_name = "SIZE")]
+        size: Bytes,
+    },
+    /// Take swapfiles of plimsoll's out of use and remove them; what they hold is read back first
+    Remove {
+        /// The names that 'list' shows
+        #[arg(value_name = "NAME", required_unless_present = "all", conflicts_with = "all")]
+        names: Vec<String>,
+        /// All of plimsoll's that no model needs
+        #[arg(long)]
+        all: bool,
+    },
 }
 
 /// Have the daemon read its configuration again

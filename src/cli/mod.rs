@@ -19,6 +19,7 @@ mod process;
 mod remote;
 mod run;
 mod status;
+mod swap;
 mod validate;
 mod verbs;
 mod wait_ready;
@@ -91,6 +92,7 @@ fn dispatch(cli: Cli) -> Result<Exit, Failure> {
         Verb::Pin(args) => verbs::pin(common, &args.names, true),
         Verb::Unpin(args) => verbs::pin(common, &args.names, false),
         Verb::Mode(args) => verbs::mode(common, &args),
+        Verb::Swap(args) => swap::swap(common, &args),
         Verb::Reload(_) => verbs::reload(common),
         Verb::Validate(args) => return validate::validate(&args),
         Verb::WaitReady(args) => return wait_ready::wait_ready(&args),

@@ -144,7 +144,7 @@ fn pools(status: &Status, painter: Painter) -> String {
             (gib(pool.headroom_bytes), if low { Style::Yellow } else { Style::Plain }),
         ]);
     }
-    let swap = status.swap;
+    let swap = &status.swap;
     let used = if swap.total_bytes.is_zero() { String::new() } else { gib(swap.used_bytes) };
     let free = if used.is_empty() { used.clone() } else { gib(swap.total_bytes - swap.used_bytes) };
     let total = if used.is_empty() { "none".to_owned() } else { gib(swap.total_bytes) };
@@ -332,7 +332,7 @@ mod tests {
                 measured_bytes: Bytes::gib(36),
                 headroom_bytes: Bytes::gib(81),
             }],
-            swap: Swap { total_bytes: Bytes::gib(8), used_bytes: Bytes::gib(1) },
+            swap: Swap { total_bytes: Bytes::gib(8), used_bytes: Bytes::gib(1), ..Swap::default() },
             models: vec![
                 Model { pinned: true, ..model("glm-flash", "running") },
                 model("deepseek", "inactive"),

@@ -140,6 +140,14 @@ fn step_text(step: &Step) -> String {
             format!("stop {} ({why}), frees {}", step.instance, step.frees_bytes)
         }
         "reduce-context" => format!("reduce the context from {} to {}", step.from, step.to),
+        "add-swap" => format!("make a swapfile of {}", step.bytes),
+        "stream" => {
+            format!(
+                "keep {} of {} of its weights in memory, the rest on disk",
+                step.resident_bytes, step.mapped_bytes
+            )
+        }
+        "swap" => format!("leave {} of it in swap", step.swapped_bytes),
         other => format!("{other} {}", step.instance),
     }
 }

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio::sync::oneshot;
+
 use super::handle::{Asker, Fault, LoadOptions};
 use super::input::{Command, Input, Publication, Purpose, Waiting, Weighed};
 use super::jobs::{Job, JobKind};
@@ -14,6 +16,8 @@ use crate::policy::core::Effect;
 use crate::policy::{Action, ActionId, Event, Outcome, Refusal, Request, Rung};
 use crate::ports::{CatalogError, Wish};
 
+/// Effects for people's swapfiles are numbered from here, apart from those of decisions and jobs.
+const FIRST_SWAP: ActionId = 1 << 61;
 /// How long a unit that the daemon itself has started may take to ask; milliseconds.
 const TO_ASK: u64 = 60_000;
 
@@ -50,6 +54,7 @@ impl Daemon {
                 self.step(Event::Pin(instance.model, pinned));
                 let _ = reply.send(());
             }
+            Command::Swap(effect, reply) => self.swap(effect, reply),
             Command::SetMode(mode, reply) => {
                 self.mode = Some(mode);
                 let rulebook = self.rulebook.clone();
@@ -72,6 +77,35 @@ impl Daemon {
                 let _ = reply.send(last.cloned());
             }
         }
+    }
+
+    /// Makes or removes a swapfile for a person, unless a model needs it.
+    fn swap(&mut self, effect: Effect, reply: oneshot::Sender<Result<(), Fault>>) {
+        let machine = self.observe();
+        if let Effect::RemoveSwap(name) = &effect {
+            let known = machine.swaps.iter().any(|area| area.own() == Some(*name));
+            let by = self.core.need_swapfile(*name, &machine);
+            let fault = match by.first() {
+                _ if !known => {
+                    let hint = "'plimsoll swap list' shows those that there are";
+                    Some(Fault::Catalog(CatalogError::NotFound(format!(
+                        "there is no swapfile {name}: {hint}"
+                    ))))
+                }
+                Some(instance) => Some(Fault::Busy(format!(
+                    "{instance} needs the swapfile {name}: 'plimsoll unload {instance}' first"
+                ))),
+                None => None,
+            };
+            if let Some(fault) = fault {
+                let _ = reply.send(Err(fault));
+                return;
+            }
+        }
+        self.next_ticket += 1;
+        let id = FIRST_SWAP + self.next_ticket - FIRST_TICKET;
+        self.swapping.insert(id, reply);
+        self.perform(id, effect);
     }
 
     /// What an asker wishes, with the options of the load that started it.
@@ -126,6 +160,14 @@ impl Daemon {
                 self.tell(Publication::JobEnded(job, result, message));
             }
             None => {
+                if let Some(reply) = self.swapping.remove(&id) {
+                    self.step(Event::Tick);
+                    let _ = reply.send(match outcome {
+                        Outcome::Done => Ok(()),
+                        Outcome::Failed(why) => Err(Fault::Failed(why)),
+                    });
+                    return;
+                }
                 if let Outcome::Failed(why) = &outcome {
                     tracing::warn!("{why}");
                 }
@@ -327,6 +369,8 @@ fn unknown(instance: &Instance, invocation: &str, why: Option<&str>) -> Request 
         reload: Bytes::ZERO,
         may_swap: false,
         stream: None,
+        swap: None,
+        no_swapfile: None,
         instead_of: Default::default(),
         stuck: Default::default(),
         force: false,

@@ -13,8 +13,10 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use super::input::{Command, Input};
 use super::jobs::{Job, JobKind};
 use super::report::Status;
+use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Machine, UnitState};
+use crate::ledger::{Machine, SwapName, SwapOwner, UnitState};
+use crate::policy::core::Effect;
 use crate::policy::{Decision, Mode, Refusal};
 use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Wish};
 
@@ -248,6 +250,23 @@ impl Handle {
         let problems = self.read(|catalog| catalog.reload()).await?;
         let _ = self.inputs.send(Input::Reload);
         Ok(problems)
+    }
+
+    /// Makes a swapfile of this size, and returns once it is in use.
+    ///
+    /// # Errors
+    /// There is no room for it, or the daemon is ending.
+    pub async fn add_swap(&self, size: Bytes) -> Result<(), Fault> {
+        self.call(|reply| Command::Swap(Effect::AddSwap(SwapOwner::Person, size), reply)).await?
+    }
+
+    /// Takes a swapfile of the daemon's own out of use and removes it.
+    ///
+    /// # Errors
+    /// There is none of that name, a model needs it, or what it holds does not fit in memory.
+    pub async fn remove_swap(&self, name: &str) -> Result<(), Fault> {
+        let name: SwapName = name.parse().map_err(|why| Fault::Catalog(CatalogError::NotFound(why)))?;
+        self.call(|reply| Command::Swap(Effect::RemoveSwap(name), reply)).await?
     }
 
     /// Enforce or observe, until the configuration is read again.

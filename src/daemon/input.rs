@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use super::handle::{Asker, Fault, LoadOptions};
 use super::jobs::{Job, JobResult};
 use crate::config::Instance;
+use crate::policy::core::Effect;
 use crate::policy::{Decision, Event, Mode, Request};
 use crate::ports::{CatalogError, Launch, ModelInfo, Rulebook, Wish};
 
@@ -62,6 +63,8 @@ pub enum Command {
     Unload(Job),
     /// Pin or unpin a model.
     Pin(Instance, bool, oneshot::Sender<()>),
+    /// Make or remove a swapfile for a person.
+    Swap(Effect, oneshot::Sender<Result<(), Fault>>),
     /// Enforce or observe.
     SetMode(Mode, oneshot::Sender<()>),
     /// What a request would lead to.

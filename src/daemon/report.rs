@@ -46,13 +46,37 @@ pub struct Pool {
 }
 
 /// Swap of the machine.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Swap {
     /// SwapTotal.
     pub total_bytes: Bytes,
     /// SwapTotal less SwapFree.
     pub used_bytes: Bytes,
+    /// What the daemon's own swapfiles may still take, by its settings and what is free on their disks.
+    pub room_bytes: Bytes,
+    /// Every swap area, and the daemon's own swapfiles that are not in use.
+    pub areas: Vec<SwapArea>,
+}
+
+/// A swap area.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SwapArea {
+    /// The name of one of the daemon's own, to remove it by; empty for all others.
+    pub name: String,
+    /// `plan` (made for a model), `person` (made by hand), or `other`.
+    pub owner: String,
+    /// Its file or device.
+    pub path: String,
+    /// What it can hold.
+    pub size_bytes: Bytes,
+    /// What it holds.
+    pub used_bytes: Bytes,
+    /// The larger is used first.
+    pub priority: i32,
+    /// The kernel uses it.
+    pub active: bool,
 }
 
 /// Bytes by the classes that behave differently.
@@ -146,7 +170,7 @@ pub struct Decision {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Step {
-    /// `drop-cache`, `stop`, `reduce-context`.
+    /// `drop-cache`, `stop`, `add-swap`, `reduce-context`, `stream`, `swap`.
     pub step: String,
     /// The instance that it is done to.
     pub instance: String,
@@ -158,6 +182,14 @@ pub struct Step {
     pub from: u64,
     /// The context afterwards, tokens.
     pub to: u64,
+    /// Of `add-swap`: the size of the swapfile.
+    pub bytes: Bytes,
+    /// Of `stream`: what of the mapped weights has its place in memory.
+    pub resident_bytes: Bytes,
+    /// Of `stream`: all of them.
+    pub mapped_bytes: Bytes,
+    /// Of `swap`: what is left in swap.
+    pub swapped_bytes: Bytes,
 }
 
 /// The numbers of a refusal, all of the pool that binds.

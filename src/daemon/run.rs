@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant as Time, sleep_until};
 
-use super::handle::{Handle, LoadOptions};
+use super::handle::{Fault, Handle, LoadOptions};
 use super::input::{Input, Publication, Waiting};
 use super::jobs::Jobs;
 use super::state::{Durable, Store};
@@ -67,6 +67,8 @@ pub struct Daemon {
     /// Instances that were found running, with the InvocationID that they were found with.
     pub(super) adopted: BTreeMap<Instance, String>,
     pub(super) jobs: Jobs,
+    /// Calls that wait for a swapfile, by the ids of their effects.
+    pub(super) swapping: BTreeMap<ActionId, oneshot::Sender<Result<(), Fault>>>,
     pub(super) weighers: Arc<Semaphore>,
     pub(super) rulebook: Rulebook,
     pub(super) mode: Option<Mode>,
@@ -104,6 +106,7 @@ impl Daemon {
             restoring: BTreeMap::new(),
             adopted: BTreeMap::new(),
             jobs: Jobs::default(),
+            swapping: BTreeMap::new(),
             weighers: Arc::new(Semaphore::new(WEIGHERS)),
             rulebook: Rulebook::default(),
             wake: None,

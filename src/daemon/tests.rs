@@ -38,6 +38,8 @@ impl Ports for Fake {
             Effect::Stop(instance) => format!("stop {instance}"),
             Effect::Start(instance) => format!("start {instance}"),
             Effect::Limit(instance, _) => format!("limit {instance}"),
+            Effect::AddSwap(_, bytes) => format!("add {bytes} of swap"),
+            Effect::RemoveSwap(name) => format!("remove swap {name}"),
         });
         done(id, Outcome::Done);
     }
@@ -81,6 +83,8 @@ impl Catalog for Fake {
             reload: Bytes::ZERO,
             may_swap: false,
             stream: None,
+            swap: None,
+            no_swapfile: None,
             instead_of: wish.instead_of.clone(),
             stuck: Default::default(),
             force: wish.force,

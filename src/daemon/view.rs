@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use super::report::{Classes, Decision as Shown, Model, Pool as PoolReport, Status, Swap};
+use super::report::{Classes, Decision as Shown, Model, Pool as PoolReport, Status, Swap, SwapArea};
 use crate::bytes::Bytes;
 use crate::config::{Instance, ModelName};
 use crate::ledger::{
-    Charges, Footprint, Machine, Measured, PerPool, Phase, Pool, Reservation, Unit, UnitState, capacity,
+    self, Charges, Footprint, Machine, Measured, PerPool, Phase, Pool, Reservation, SwapOwner, Unit,
+    UnitState, capacity,
 };
 use crate::policy::decision::Kind;
 use crate::policy::{Core, Decision, Mode, Planned, Refusal, RefusalKind, Request, Verdict};
@@ -46,10 +47,30 @@ pub(super) fn status(core: &Core, machine: &Machine, models: &[ModelInfo], probl
         swap: Swap {
             total_bytes: machine.memory.swap_total,
             used_bytes: machine.memory.swap_total - machine.memory.swap_free,
+            room_bytes: machine.swap_room,
+            areas: machine.swaps.iter().map(swap_area).collect(),
         },
         models: instances(core, machine, models),
         decisions: core.decisions().rev().take(SHOWN).map(shown).collect(),
         problems,
+    }
+}
+
+fn swap_area(area: &ledger::SwapArea) -> SwapArea {
+    let name = area.own();
+    let owner = match name.map(|name| name.owner) {
+        Some(SwapOwner::Plan) => "plan",
+        Some(SwapOwner::Person) => "person",
+        None => "other",
+    };
+    SwapArea {
+        name: name.map(|name| name.to_string()).unwrap_or_default(),
+        owner: owner.to_owned(),
+        path: area.path.to_string_lossy().into_owned(),
+        size_bytes: area.size,
+        used_bytes: area.used,
+        priority: area.priority,
+        active: area.active,
     }
 }
 
@@ -68,6 +89,7 @@ fn pools(core: &Core, machine: &Machine) -> Vec<PoolReport> {
     for measured in core.holders().values().map(|r| &r.measured) {
         held.add(Footprint {
             private: measured.unreclaimable(),
+            swapped: Bytes::ZERO,
             mapped: Vec::new(),
             gpus: measured.gpus.clone(),
         });
@@ -166,7 +188,7 @@ fn predicted(footprint: &Footprint) -> Classes {
         mapped_bytes: footprint.mapped_bytes(),
         private_bytes: footprint.private,
         gpu_bytes: footprint.gpus.iter().copied().sum(),
-        swapped_bytes: Bytes::ZERO,
+        swapped_bytes: footprint.swapped,
     }
 }
 
@@ -253,6 +275,8 @@ mod tests {
             reload: Bytes::ZERO,
             may_swap: false,
             stream: None,
+            swap: None,
+            no_swapfile: None,
             instead_of: Default::default(),
             stuck: Default::default(),
             force: false,

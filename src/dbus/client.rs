@@ -115,6 +115,22 @@ impl Client {
         self.change("SetMode", &(mode,)).await
     }
 
+    /// Makes a swapfile of this size; returns once it is in use.
+    ///
+    /// # Errors
+    /// Whatever the daemon refuses it with.
+    pub async fn add_swap(&self, bytes: u64) -> Result<(), CallError> {
+        self.change("AddSwap", &(bytes,)).await
+    }
+
+    /// Takes a swapfile out of use and removes it.
+    ///
+    /// # Errors
+    /// Whatever the daemon refuses it with.
+    pub async fn remove_swap(&self, name: &str) -> Result<(), CallError> {
+        self.change("RemoveSwap", &(name,)).await
+    }
+
     /// The object of a job that `load` or `unload` answered with.
     ///
     /// # Errors

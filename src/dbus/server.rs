@@ -15,8 +15,10 @@ use super::{NAME, PATH};
 use crate::action::notify::Notifier;
 use crate::action::systemd::{Systemd, SystemdError};
 use crate::daemon::catalog::RealCatalog;
-use crate::daemon::real::{Effects, Files, Gate, PageCache, RealPorts, Units, follow, past_the_gate};
-use crate::daemon::{Daemon, Parts, journal, signals};
+use crate::daemon::real::{
+    Effects, Files, Gate, PageCache, RealPorts, SwapFiles, Units, carry_out, follow, past_the_gate,
+};
+use crate::daemon::{Daemon, Input, Parts, journal, signals};
 use crate::host::Host;
 use crate::os::lock_memory;
 use crate::policy::{Core, Rules};
@@ -51,6 +53,16 @@ pub fn run(daemon: impl Future<Output = Result<(), String>>) -> ExitCode {
     }
 }
 
+/// Carries out one order about a swapfile, for `plimsoll-swap@.service`: what came of it is its status.
+pub fn swap(root: &Path, order: &str) -> ExitCode {
+    let outcome = carry_out(root, order);
+    let (Ok(text) | Err(text)) = &outcome;
+    // Nobody hears it where it was started by hand.
+    let _ = Notifier::from_environment().status(text);
+    eprintln!("{text}");
+    if outcome.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
 /// Serves this machine on the system bus (or that at `bus`) until SIGTERM; all models go on running.
 /// `quotes` are what models take by themselves.
 ///
@@ -82,7 +94,8 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
 
     let catalog = Arc::new(RealCatalog::new(root));
     let cache = Arc::new(PageCache::default());
-    let survey = survey(&catalog, &cache);
+    let swap = Arc::new(SwapFiles::default());
+    let survey = survey(&catalog, &cache, &swap);
     let effects = Effects {
         systemd: systemd.clone(),
         host: host.clone(),
@@ -91,20 +104,27 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
         files: Arc::clone(&files),
         survey: Arc::clone(&survey),
     };
-    let ports = RealPorts::new(host.clone(), Arc::clone(&units), cache, effects)?;
+    let ports = RealPorts::new(host.clone(), Arc::clone(&units), cache, swap, effects)?;
     let parts = Parts {
         ports: Box::new(ports),
         catalog,
         core: Core::new(Rules::default(), durable.saved, same_boot),
         mode: durable.mode,
         store: Some(files),
-        survey: Some(survey),
+        survey: Some(Arc::clone(&survey)),
         notifier: Notifier::from_environment(),
     };
     let (daemon, handle, published) = Daemon::new(parts, sender.clone());
     for (instance, invocation) in past_the_gate(&units, &host) {
         daemon.adopt(instance, invocation);
     }
+
+    // Swapfiles that were left behind are seen, and removed, without anybody asking for a model.
+    let changed = sender.clone();
+    tokio::task::spawn_blocking(move || {
+        survey();
+        let _ = changed.send(Input::Changed);
+    });
 
     let gate = Gate::new(systemd.clone(), Arc::clone(&units));
     let manager = Manager::new(handle, Authority::Polkit, Some(Arc::new(gate)), Some(quotes), daemon.mode());
@@ -128,8 +148,15 @@ async fn connect(bus: Option<&str>) -> Result<Connection, String> {
     builder.build().await.map_err(|error| format!("no connection to the message bus: {error}"))
 }
 
-/// Looks at what of the models' files is in the page cache.
-fn survey(catalog: &Arc<RealCatalog>, cache: &Arc<PageCache>) -> Arc<dyn Fn() + Send + Sync> {
-    let (catalog, cache) = (Arc::clone(catalog), Arc::clone(cache));
-    Arc::new(move || cache.look(&catalog.model_files()))
+/// Looks at what of the models' files is in the page cache, and at the swapfiles of the daemon's own.
+fn survey(
+    catalog: &Arc<RealCatalog>,
+    cache: &Arc<PageCache>,
+    swap: &Arc<SwapFiles>,
+) -> Arc<dyn Fn() + Send + Sync> {
+    let (catalog, cache, swap) = (Arc::clone(catalog), Arc::clone(cache), Arc::clone(swap));
+    Arc::new(move || {
+        cache.look(&catalog.model_files());
+        swap.look(&catalog.swap());
+    })
 }

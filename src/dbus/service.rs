@@ -14,6 +14,7 @@ use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant, interface};
 use super::authorize::{Authority, CONFIGURE, MANAGE_MODELS};
 use super::error::{Error, Kind};
 use super::{PATH, peer};
+use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::daemon::{Asking, Fault, Handle, Job, Publication};
 use crate::os::release_memory;
@@ -273,6 +274,26 @@ impl Manager {
             _ => return Err(Error::new(Kind::Failed, "the mode is either 'enforce' or 'observe'")),
         };
         Ok(self.handle.set_mode(mode).await?)
+    }
+
+    async fn add_swap(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        bytes: u64,
+    ) -> Result<(), Error> {
+        self.authority.check(connection, &header, CONFIGURE).await?;
+        Ok(self.handle.add_swap(Bytes(bytes)).await?)
+    }
+
+    async fn remove_swap(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        name: String,
+    ) -> Result<(), Error> {
+        self.authority.check(connection, &header, CONFIGURE).await?;
+        Ok(self.handle.remove_swap(&name).await?)
     }
 
     async fn list_models(&self) -> Result<Vec<Variants>, Error> {

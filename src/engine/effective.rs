@@ -6,7 +6,7 @@ use std::fmt;
 use super::error::Error;
 use super::words::{self, Word};
 use crate::bytes::MIB;
-use crate::config::{GpuLayers, Model, Oversize, Place, PromptCache};
+use crate::config::{GpuLayers, Model, Oversize, Place, PromptCache, Workload};
 use crate::fit::args::{self, Origin, Parsed};
 use crate::fit::flags::{FLAGS, Flag};
 use crate::fit::{LoadMode, Override, Settings};
@@ -67,6 +67,9 @@ pub struct Effective {
     pub automatic: Automatic,
     /// It may run with weights left on disk (`oversize = "stream"`), and for that has them mapped.
     pub streams: bool,
+    /// It may run with part of its weights in swapfiles (`oversize = "swap"`), and for that has them in memory of
+    /// its own.
+    pub swaps: bool,
     /// Arguments and variables that nothing is known about: the engine gets them as they are.
     pub passed_on: Vec<String>,
     /// All that the arguments and variables say, files among it.
@@ -173,6 +176,12 @@ pub fn effective(model: &Model, unit: &BTreeMap<String, String>) -> Result<Effec
         parsed.settings.context_checkpoints = 0;
     }
 
+    // An interactive model is kept out of swap.
+    let swaps = model.oversize == Oversize::Swap && model.workload == Workload::Batch;
+    if swaps && !parsed.origins.contains_key("load-mode") {
+        // Only what is in memory of its own can be in swap.
+        parsed.settings.load_mode = LoadMode::None;
+    }
     let streams = model.oversize == Oversize::Stream;
     if streams {
         // What is mapped can be left on disk: not what an APU's default reads, nor what is repacked.
@@ -204,6 +213,7 @@ pub fn effective(model: &Model, unit: &BTreeMap<String, String>) -> Result<Effec
         sources: sources.flatten().collect(),
         automatic,
         streams,
+        swaps,
         passed_on: parsed.passed_on.clone(),
         rest: rest.flat_map(|word| word.words.iter().cloned()).collect(),
         parsed,

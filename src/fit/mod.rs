@@ -184,6 +184,8 @@ pub struct Estimate {
     pub mapped_experts_bytes: u64,
     /// Weights on the host in anonymous memory.
     pub anonymous_weights_bytes: u64,
+    /// The part of `anonymous_weights_bytes` that is routed experts, of which each token uses a few.
+    pub anonymous_experts_bytes: u64,
     /// The part of `anonymous_weights_bytes` that is repacked: its mapped originals stay as page cache.
     pub repacked_bytes: u64,
     /// Layers on devices, the output counted as one.
@@ -273,6 +275,7 @@ fn alone(facts: &Facts, settings: &Settings, devices: &Devices) -> Result<Estima
         mapped_by_shard: placed.mapped_by_shard,
         mapped_always_bytes: placed.mapped_always,
         mapped_experts_bytes: placed.mapped_experts,
+        anonymous_experts_bytes: placed.anonymous_experts,
         anonymous_weights_bytes: placed.anonymous,
         repacked_bytes: placed.repacked,
         gpu_layers: assigned.count(),

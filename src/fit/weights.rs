@@ -83,6 +83,8 @@ pub(super) struct Placed {
     pub mapped_experts: u64,
     /// On the host, anonymous, repacked ones too.
     pub anonymous: u64,
+    /// Of those, routed experts.
+    pub anonymous_experts: u64,
     /// On the host, repacked.
     pub repacked: u64,
     /// Layers whose experts are not where their layer is.
@@ -241,7 +243,7 @@ impl Placing<'_> {
         match buffer {
             Buffer::Device(i) => self.placed.devices[i] += group.bytes,
             Buffer::Host if self.repacks && group.repackable.is_some_and(|t| repacked(t, self.avx512)) => {
-                self.placed.anonymous += group.bytes;
+                self.anonymous(group);
                 self.placed.repacked += group.bytes;
             }
             Buffer::Host if self.mapped => {
@@ -252,7 +254,14 @@ impl Placing<'_> {
                     _ => self.placed.mapped_always += group.bytes,
                 }
             }
-            Buffer::Host => self.placed.anonymous += group.bytes,
+            Buffer::Host => self.anonymous(group),
+        }
+    }
+
+    fn anonymous(&mut self, group: &Group) {
+        self.placed.anonymous += group.bytes;
+        if group.class == Class::Experts {
+            self.placed.anonymous_experts += group.bytes;
         }
     }
 

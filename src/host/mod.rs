@@ -11,6 +11,7 @@ mod memory;
 mod mounts;
 mod pressure;
 mod process;
+mod swaps;
 
 use std::fs::OpenOptions;
 use std::io::{self, Read};

@@ -52,7 +52,7 @@ impl From<MountInfo> for Mount {
 }
 
 /// Undoes the kernel's `\040` for bytes that would break the line apart.
-fn unescape(text: &str) -> OsString {
+pub(super) fn unescape(text: &str) -> OsString {
     let bytes = text.as_bytes();
     let mut plain = Vec::with_capacity(bytes.len());
     let mut rest = bytes;

@@ -15,6 +15,9 @@ pub struct Footprint {
     /// Weights that stay pages of their files, per file; charged once however many share them.
     #[serde(default)]
     pub mapped: Vec<Mapped>,
+    /// Host memory that is planned to be in swap, beyond `private`.
+    #[serde(default)]
+    pub swapped: Bytes,
     /// Bytes on each GPU, in the order of `Machine::gpus`; may be shorter.
     #[serde(default)]
     pub gpus: Vec<Bytes>,
@@ -30,10 +33,10 @@ pub struct Mapped {
 }
 
 impl Footprint {
-    /// Everything together, mapped weights included.
+    /// Everything together, mapped weights and what is swapped included.
     #[must_use]
     pub fn total(&self) -> Bytes {
-        self.private + self.mapped_bytes() + self.gpus.iter().copied().sum()
+        self.private + self.swapped + self.mapped_bytes() + self.gpus.iter().copied().sum()
     }
 
     /// The same with only so many of the mapped bytes resident, each file in proportion.
@@ -42,6 +45,13 @@ impl Footprint {
         let all = self.mapped_bytes();
         let share = |m: &Mapped| Mapped { bytes: m.bytes.mul_div(bytes.min(all).0, all.0.max(1)), ..*m };
         Self { mapped: self.mapped.iter().map(share).collect(), ..self.clone() }
+    }
+
+    /// The same with so much of the private memory in swap.
+    #[must_use]
+    pub fn swapping(&self, bytes: Bytes) -> Self {
+        let bytes = bytes.min(self.private);
+        Self { private: self.private - bytes, swapped: self.swapped + bytes, ..self.clone() }
     }
 
     /// Mapped weights of all files.

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::swap::SwapArea;
 use crate::bytes::Bytes;
 use crate::config::Instance;
 
@@ -36,6 +37,10 @@ pub struct Machine {
     pub starting: Vec<Instance>,
     /// Bytes of each known model file that are in the page cache.
     pub cached: BTreeMap<FileId, Bytes>,
+    /// Swap areas in use, and swapfiles of the daemon's own that were left behind.
+    pub swaps: Vec<SwapArea>,
+    /// What swapfiles of the daemon's own may still be made, by its settings and by what is free on their disks.
+    pub swap_room: Bytes,
     /// The machine is going down (or a stop job stands for the daemon): nothing may be started.
     pub stopping: bool,
 }

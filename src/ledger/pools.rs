@@ -193,6 +193,7 @@ mod tests {
         Footprint {
             private: Bytes::gib(private),
             mapped: vec![Mapped { file: file(inode), bytes: Bytes::gib(mapped) }],
+            swapped: Bytes::ZERO,
             gpus: vec![Bytes::gib(gpu)],
         }
     }

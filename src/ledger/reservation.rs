@@ -59,10 +59,11 @@ impl Reservation {
             })
             .collect();
         let mapped: Vec<Mapped> = self.predicted.mapped.clone();
+        let anonymous = self.measured.private + self.measured.swapped;
         let locked_beyond = self.measured.locked_file - self.predicted.mapped_bytes();
         Footprint {
-            private: self.predicted.private.max(self.measured.private + self.measured.swapped)
-                + locked_beyond,
+            private: self.predicted.private.max(anonymous - self.predicted.swapped) + locked_beyond,
+            swapped: self.predicted.swapped,
             mapped,
             gpus,
         }

@@ -5,7 +5,9 @@
 mod memory;
 mod pidfd;
 mod residency;
+mod swap;
 
 pub use memory::{lock_memory, release_memory};
 pub use pidfd::{pid_of, pidfd_open, pidfd_send_signal};
 pub use residency::{ResidencyError, resident_bytes};
+pub use swap::{no_copy_on_write, swap_off, swap_on};

@@ -15,7 +15,7 @@ pub enum Verdict {
     Fits,
     /// It fits after the steps named.
     FitsAfter,
-    /// It would fit with swap.
+    /// It fits with part of it in swap.
     FitsWithSwap,
     /// Its mapped weights are larger than what stays resident; it runs from disk.
     Streams,
@@ -32,6 +32,7 @@ impl Verdict {
         match steps {
             [] => Self::Fits,
             steps if steps.iter().any(|step| matches!(step, Step::Stream { .. })) => Self::Streams,
+            steps if steps.iter().any(|step| matches!(step, Step::Swap { .. })) => Self::FitsWithSwap,
             _ => Self::FitsAfter,
         }
     }

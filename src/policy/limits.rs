@@ -22,10 +22,14 @@ pub struct Limits {
 /// A cgroup is charged for the host's side only: GPU memory escapes it, and no limit can hold it.
 /// MemoryHigh leaves a tenth (at least 256 MiB) over the estimate, MemoryMax the same again: a model
 /// that is a little larger than predicted is measured and charged for it, not killed. One that streams
-/// would fill whatever it is given with weights, so its margin is that of its private bytes.
+/// would fill whatever it is given with weights, so its margin is that of its private bytes; one that swaps,
+/// with what belongs in swap, so it has none.
 #[must_use]
 pub fn limits(footprint: &Footprint, may_swap: bool, streams: bool) -> Limits {
     let host = footprint.private + footprint.mapped_bytes();
+    if !footprint.swapped.is_zero() {
+        return Limits { high: host, max: host + Bytes::mib(256), swap_max: None };
+    }
     let measured_by = if streams { footprint.private } else { host };
     let margin = measured_by.mul_div(1, 10).max(Bytes::mib(256));
     Limits { high: host + margin, max: host + margin + margin, swap_max: (!may_swap).then_some(Bytes::ZERO) }

@@ -10,7 +10,9 @@ use super::refusal::{Refusal, RefusalKind, refuse};
 use super::request::{Peers, Request, Rules, Rung};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Charges, FileId, GpuKind, Machine, PerPool, Phase, Reservation, capacity};
+use crate::ledger::{
+    Charges, FileId, GpuKind, Machine, PerPool, Phase, Reservation, capacity, swapfile_bytes,
+};
 
 /// How long a model of equal priority must have been idle before `peers = "replace-idle"` lets an
 /// explicit start replace it; milliseconds.
@@ -63,6 +65,11 @@ pub enum Step {
         /// What it gives back, its shared weights only where it is the last to go.
         frees_bytes: Bytes,
     },
+    /// Make a swapfile and use it.
+    AddSwap {
+        /// Its size.
+        bytes: Bytes,
+    },
     /// Start with a smaller context than configured, but no smaller than `context-min`.
     ReduceContext {
         /// Configured; tokens.
@@ -77,13 +84,18 @@ pub enum Step {
         /// All of them.
         mapped_bytes: Bytes,
     },
+    /// Run with part of its private memory in swap.
+    Swap {
+        /// How much of it.
+        swapped_bytes: Bytes,
+    },
 }
 
 impl Step {
     /// Whether it says how the model will run, and is nothing to be done before.
     #[must_use]
     pub fn is_setting(&self) -> bool {
-        matches!(self, Self::ReduceContext { .. } | Self::Stream { .. })
+        matches!(self, Self::ReduceContext { .. } | Self::Stream { .. } | Self::Swap { .. })
     }
 }
 
@@ -105,6 +117,8 @@ impl fmt::Display for Step {
             Self::Stream { resident_bytes, mapped_bytes } => {
                 write!(f, "keeping {resident_bytes} of {mapped_bytes} of its weights in memory")
             }
+            Self::AddSwap { bytes } => write!(f, "making a swapfile of {bytes}"),
+            Self::Swap { swapped_bytes } => write!(f, "leaving {swapped_bytes} of it in swap"),
         }
     }
 }
@@ -229,8 +243,8 @@ impl<'a> Scene<'a> {
 /// Decides whether and how `request` can run.
 ///
 /// In this order, and only as far as needed: drop cold page cache, stop models that are idle past
-/// their time to live, reduce the context as far as allowed, evict; last, leave weights on disk. Nothing
-/// is stopped by a plan that does not end with the model running.
+/// their time to live, reduce the context as far as allowed, evict; last, leave weights on disk, or in a
+/// swapfile. Nothing is stopped by a plan that does not end with the model running.
 #[must_use]
 pub fn plan(request: &Request, situation: Situation<'_>) -> Planned {
     let scene = Scene::new(request, situation);
@@ -284,7 +298,8 @@ pub fn plan(request: &Request, situation: Situation<'_>) -> Planned {
     if !busy.is_empty() && scene.fits(smallest, &[&base[..], &evictable, &busy].concat()) {
         return scene.wait(busy);
     }
-    if let Some(plan) = scene.stream(&[&base[..], &evictable].concat()) {
+    let everyone = [&base[..], &evictable].concat();
+    if let Some(plan) = scene.stream(&everyone).or_else(|| scene.swap(&everyone)) {
         return Planned::Admit(plan);
     }
     if request.force {
@@ -305,12 +320,15 @@ pub fn fits_as_is(request: &Request, situation: Situation<'_>) -> bool {
     request.ladder.first().is_some_and(|wanted| scene.fits(wanted, &[]))
 }
 
-/// How `request` would run as things are, with nobody stopped: at its full context, or streaming.
+/// How `request` would run as things are, with nobody stopped: at its full context, streaming, or with swap.
 #[must_use]
 pub fn rung_as_is(request: &Request, situation: Situation<'_>) -> Option<Rung> {
     let scene = Scene::new(request, situation);
     let wanted = request.ladder.first()?;
-    if scene.fits(wanted, &[]) { Some(wanted.clone()) } else { scene.stream(&[]).map(|plan| plan.rung) }
+    if scene.fits(wanted, &[]) {
+        return Some(wanted.clone());
+    }
+    scene.stream(&[]).or_else(|| scene.swap(&[])).map(|plan| plan.rung)
 }
 
 /// The largest context of the ladder (which descends) for which `fits` holds.
@@ -349,6 +367,36 @@ impl Scene<'_> {
         let kept = Rung { context: rung.context, footprint: rung.footprint.resident(resident_bytes) };
         let mut plan = self.assemble(&kept, gone.to_vec());
         plan.steps.push(Step::Stream { resident_bytes, mapped_bytes });
+        Some(plan)
+    }
+
+    /// A plan for a model larger than memory, where part of its private memory may be in swap: at the largest
+    /// context for which that part is enough and a swapfile for it has room on disk. All of `gone` have to go:
+    /// whatever they hold would be read from swap again and again.
+    fn swap(&self, gone: &[usize]) -> Option<Plan> {
+        let (most, machine) = (self.request.swap?, self.situation.machine);
+        let promised = |n: &usize| self.reservation(*n).map(|r| swapfile_bytes(r.predicted.swapped));
+        let others: Bytes =
+            (0..self.names.len()).filter(|n| !gone.contains(n)).filter_map(|n| promised(&n)).sum();
+        let short_of = |rung: &Rung| {
+            let charge = self.charge(rung, gone);
+            let short = (charge.memory - self.room.memory).max(charge.slice - self.room.slice);
+            // Compressed swap is filled first, and holds what it holds in memory.
+            let swapped = short + if short.is_zero() { short } else { machine.swap_in_memory() };
+            let missing = (others + swapfile_bytes(swapped)) - machine.swap_of_plans();
+            let kept = Rung { context: rung.context, footprint: rung.footprint.swapping(swapped) };
+            let fits = self.charge(&kept, gone).within(&self.room);
+            (fits && swapped <= most && missing <= machine.swap_room).then_some((swapped, missing))
+        };
+        let rung = largest(&self.request.ladder, |rung| short_of(rung).is_some())?;
+        let (swapped_bytes, missing) = short_of(rung)?;
+        let kept = Rung { context: rung.context, footprint: rung.footprint.swapping(swapped_bytes) };
+        let mut plan = self.assemble(&kept, gone.to_vec());
+        let settings = plan.steps.iter().position(Step::is_setting).unwrap_or(plan.steps.len());
+        if !missing.is_zero() {
+            plan.steps.insert(settings, Step::AddSwap { bytes: missing });
+        }
+        plan.steps.push(Step::Swap { swapped_bytes });
         Some(plan)
     }
 

@@ -129,7 +129,7 @@ pub(super) fn refuse(scene: &Scene<'_>, kind: RefusalKind) -> Refusal {
         evictable_bytes: models - scene.charges.per_pool(machine, &all, None).get(pool),
         short_bytes: short,
         kept,
-        no_swap: no_swap(pool, smallest, short),
+        no_swap: request.no_swapfile.clone().or_else(|| no_swap(pool, smallest, short)),
         advice: advice(scene, &kind, &all),
         kind,
     }

@@ -41,6 +41,10 @@ pub struct Request {
     /// It may run with part of its mapped weights left on disk (`oversize = "stream"`): at least so
     /// many have to stay in memory, those that every token touches.
     pub stream: Option<Bytes>,
+    /// Part of its private memory may be in swapfiles (`oversize = "swap"`): at most so much, the routed experts.
+    pub swap: Option<Bytes>,
+    /// Why no swapfile could be made for it.
+    pub no_swapfile: Option<String>,
     /// Models that a person named to go for it, whatever their priority.
     pub instead_of: BTreeSet<Instance>,
     /// Models that could not be stopped: as good as pinned for this request.

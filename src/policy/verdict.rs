@@ -104,6 +104,7 @@ pub fn footprint(estimate: &Estimate, files: &[FileId], gpus: &[usize]) -> Footp
             .filter(|(_, bytes)| **bytes > 0)
             .map(|(file, bytes)| Mapped { file: *file, bytes: Bytes(*bytes) })
             .collect(),
+        swapped: Bytes::ZERO,
         gpus: per_gpu,
     }
 }
@@ -135,6 +136,7 @@ mod tests {
         Footprint {
             private: Bytes::gib(private),
             mapped: vec![Mapped { file, bytes: Bytes::gib(mapped) }],
+            swapped: Bytes::ZERO,
             gpus: vec![Bytes::gib(gpu)],
         }
     }

@@ -40,6 +40,9 @@ pub struct SimMachine {
     pub gpus: Vec<Gpu>,
     /// Memory kept for the system; worked out as on a real machine when absent.
     pub reserve: Option<Bytes>,
+    /// What swapfiles may take of its disks.
+    #[serde(default)]
+    pub swap_room: Bytes,
     /// `enforce` or `observe`.
     #[serde(default)]
     pub mode: Mode,
@@ -95,6 +98,8 @@ pub struct SimModel {
     pub stop_seconds: u64,
     /// It may stream, with at least so many of its mapped weights in memory.
     pub stream: Option<Bytes>,
+    /// Part of its private memory may be in a swapfile, at most so much.
+    pub swap: Option<Bytes>,
     /// Idle seconds after which it is stopped.
     pub ttl_seconds: Option<u64>,
     /// Bytes that it does not give back when it stops.
@@ -219,6 +224,8 @@ impl Scenario {
             reload: model.weights,
             may_swap: false,
             stream: model.stream,
+            swap: model.swap,
+            no_swapfile: None,
             instead_of: Default::default(),
             stuck: Default::default(),
             force: false,
@@ -236,15 +243,15 @@ impl SimModel {
         let kv = self.kv_per_token * context;
         match self.placement {
             Placement::Gpu => {
-                Footprint { private: self.private, mapped: Vec::new(), gpus: vec![self.weights + kv] }
+                Footprint { private: self.private, gpus: vec![self.weights + kv], ..Footprint::default() }
             }
             Placement::Mapped => Footprint {
                 private: self.private + kv,
                 mapped: vec![Mapped { file, bytes: self.weights }],
-                gpus: Vec::new(),
+                ..Footprint::default()
             },
             Placement::Anonymous => {
-                Footprint { private: self.private + self.weights + kv, mapped: Vec::new(), gpus: Vec::new() }
+                Footprint { private: self.private + self.weights + kv, ..Footprint::default() }
             }
         }
     }

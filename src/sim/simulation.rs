@@ -2,8 +2,9 @@
 
 use super::scenario::Scenario;
 use super::world::{Emitted, World};
+use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Charges, UnitState, capacity};
+use crate::ledger::{Charges, Phase, UnitState, capacity, swapfile_bytes};
 use crate::policy::{Action, Core, Decision, Event, Saved};
 
 /// The decisions on a simulated machine; time passes as fast as it can be computed.
@@ -116,8 +117,7 @@ impl Simulation {
     fn check(&mut self) {
         let machine = self.world.observe();
         let mut charges = Charges::default();
-        for reservation in self.core.holders().values().filter(|r| r.phase != crate::ledger::Phase::Preparing)
-        {
+        for reservation in self.core.holders().values().filter(|r| r.phase != Phase::Preparing) {
             charges.add(reservation.held());
         }
         let room = capacity(&machine, self.core.rules().reserve, self.core.holders());
@@ -127,7 +127,21 @@ impl Simulation {
         if fixed && !charged.within(&room) {
             self.breaches.push(format!("{}: promised {charged:?} of {room:?}", self.world.now()));
         }
-        let overrun = self.world.overrun();
+        let needed: Bytes = self
+            .core
+            .holders()
+            .values()
+            .filter(|r| r.phase != Phase::Preparing)
+            .map(|r| swapfile_bytes(r.predicted.swapped))
+            .sum();
+        if needed > machine.swap_of_plans() {
+            self.breaches.push(format!(
+                "{}: {needed} of swap promised, {} there",
+                self.world.now(),
+                machine.swap_of_plans()
+            ));
+        }
+        let overrun = self.world.overrun() + self.world.swap_overrun();
         if !overrun.is_zero() {
             self.breaches.push(format!("{}: {overrun} more in use than there is", self.world.now()));
         }

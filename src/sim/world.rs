@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use super::scenario::{Scenario, Scripted};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Footprint, GpuKind, Machine, Measured, Memory, Unit, UnitState};
+use crate::ledger::{
+    Footprint, GpuKind, Machine, Measured, Memory, SwapArea, SwapName, SwapOwner, Unit, UnitState,
+};
 use crate::policy::core::Effect;
 use crate::policy::{ActionId, Event, Outcome, Refusal};
 
@@ -38,6 +40,8 @@ struct SimUnit {
     invocation: u64,
     asked: bool,
     footprint: Footprint,
+    /// memory.high of its control group.
+    high: Option<Bytes>,
     loading_since: u64,
     starts: Vec<ActionId>,
 }
@@ -53,6 +57,7 @@ pub struct World {
     tickets: BTreeMap<u64, Instance>,
     system: Bytes,
     leaked: Bytes,
+    swaps: Vec<SwapArea>,
 }
 
 impl World {
@@ -70,6 +75,7 @@ impl World {
             tickets: BTreeMap::new(),
             system,
             leaked: Bytes::ZERO,
+            swaps: Vec::new(),
         };
         for happening in scripted {
             world.later(happening.seconds * 1000, Happening::Scripted(happening));
@@ -229,8 +235,44 @@ impl World {
         match effect {
             Effect::Start(instance) => self.start(instance, Some(id)),
             Effect::Stop(instance) => self.stop(instance, Some(id)),
-            Effect::DropCache(_) | Effect::Limit(..) => self.later(1, Happening::Outcome(id, Outcome::Done)),
+            Effect::DropCache(_) => self.later(1, Happening::Outcome(id, Outcome::Done)),
+            Effect::Limit(instance, limits) => {
+                if let Some(unit) = self.units.get_mut(instance) {
+                    unit.high = Some(limits.high);
+                }
+                self.later(1, Happening::Outcome(id, Outcome::Done));
+            }
+            Effect::AddSwap(owner, bytes) => {
+                let outcome = self.add_swap(*owner, *bytes);
+                self.later(30, Happening::Outcome(id, outcome));
+            }
+            Effect::RemoveSwap(name) => {
+                self.swaps.retain(|area| area.own() != Some(*name));
+                self.later(30, Happening::Outcome(id, Outcome::Done));
+            }
         }
+    }
+
+    fn add_swap(&mut self, owner: SwapOwner, size: Bytes) -> Outcome {
+        if size > self.swap_room() {
+            return Outcome::Failed(format!("a swapfile of {size} does not fit on the disk"));
+        }
+        self.sequence += 1;
+        let path = SwapName { owner, id: self.sequence }.file_name().into();
+        self.swaps.push(SwapArea { path, size, used: Bytes::ZERO, priority: -2, active: true });
+        Outcome::Done
+    }
+
+    fn swap_room(&self) -> Bytes {
+        self.scenario.machine.swap_room - self.swaps.iter().map(|area| area.size).sum()
+    }
+
+    /// What units hold in swap beyond what the swap areas have room for: on a real machine the kernel would
+    /// kill.
+    #[must_use]
+    pub fn swap_overrun(&self) -> Bytes {
+        let swapped: Bytes = self.units.iter().map(|(i, unit)| self.measured(i, unit).swapped).sum();
+        swapped - self.swaps.iter().map(|area| area.size).sum()
     }
 
     /// Whoever waits for an answer asks again, as `plimsoll run` does when the daemon's name has a
@@ -315,8 +357,11 @@ impl World {
             units.insert(instance.clone(), reading);
         }
         let available = sim.memory - used;
-        let memory = Memory { total: sim.memory, available, free: available, ..Memory::default() };
-        Machine { memory, gpus, units, starting, ..Machine::default() }
+        let swap_total: Bytes = self.swaps.iter().map(|area| area.size).sum();
+        let memory =
+            Memory { total: sim.memory, available, free: available, swap_total, swap_free: swap_total };
+        let (swaps, swap_room) = (self.swaps.clone(), self.swap_room());
+        Machine { memory, gpus, units, starting, swaps, swap_room, ..Machine::default() }
     }
 
     /// What a unit holds: growing evenly while it loads, all of it from then on.
@@ -327,8 +372,15 @@ impl World {
         let load = self.scenario.models.get(&instance.model).map_or(0, |m| m.load_seconds) * 1000;
         let elapsed = (self.now - unit.loading_since).min(load);
         let part = |bytes: Bytes| if load == 0 { bytes } else { bytes.mul_div(elapsed, load) };
+        let anonymous = part(unit.footprint.private);
+        // Only where swap has room for it does the control group's limit hold.
+        let resident = match (self.swaps.is_empty(), unit.high) {
+            (false, Some(high)) => anonymous.min(high),
+            _ => anonymous,
+        };
         Measured {
-            private: part(unit.footprint.private),
+            private: resident,
+            swapped: anonymous - resident,
             file: part(unit.footprint.mapped_bytes()),
             gpus: unit.footprint.gpus.iter().map(|b| part(*b)).collect(),
             ..Measured::default()

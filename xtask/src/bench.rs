@@ -100,7 +100,7 @@ fn planner(count: u64) -> Result<()> {
     let footprint = |n: u64, weights: u64| Footprint {
         private: Bytes::mib(512 + n % 7 * 100),
         mapped: vec![Mapped { file: FileId { device: 1, inode: n }, bytes: Bytes::mib(weights) }],
-        gpus: Vec::new(),
+        ..Footprint::default()
     };
     let mut holders: BTreeMap<Instance, Reservation> = BTreeMap::new();
     for n in 0..count {
@@ -132,6 +132,8 @@ fn planner(count: u64) -> Result<()> {
         reload: Bytes::gib(1),
         may_swap: false,
         stream: None,
+        swap: None,
+        no_swapfile: None,
         instead_of: BTreeSet::new(),
         stuck: BTreeSet::new(),
         force: false,

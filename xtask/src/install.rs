@@ -22,6 +22,7 @@ const fn entry(source: &'static str, target: &'static str) -> Entry {
 const SYSTEM_FILES: &[Entry] = &[
     entry("systemd/plimsolld.service", "lib/systemd/system/plimsolld.service"),
     entry("systemd/llm@.service", "lib/systemd/system/llm@.service"),
+    entry("systemd/plimsoll-swap@.service", "lib/systemd/system/plimsoll-swap@.service"),
     entry("systemd/llm.slice", "lib/systemd/system/llm.slice"),
     entry("systemd/plimsoll.slice", "lib/systemd/system/plimsoll.slice"),
     entry("systemd/plimsoll.sysusers.conf", "lib/sysusers.d/plimsoll.conf"),

@@ -14,7 +14,7 @@ pub const PATIENCE: Duration = Duration::from_secs(300);
 pub const MODELS: &str = "/srv/models";
 
 /// The settings of the daemon in the guest, which is small: 2 GiB in all.
-const SETTINGS: &str = "reserve = \"256MiB\"\n";
+const SETTINGS: &str = "reserve = \"256MiB\"\n[swap]\nfree-space = \"256MiB\"\n";
 
 /// A guest with Plimsoll in it.
 pub struct Lab {

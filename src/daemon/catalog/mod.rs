@@ -74,6 +74,12 @@ impl RealCatalog {
         paths.flat_map(|path| crate::gguf::shard_paths(path).unwrap_or_default()).collect()
     }
 
+    /// What is configured of the daemon's own swapfiles.
+    #[must_use]
+    pub fn swap(&self) -> config::Swap {
+        self.current().1.swap.clone()
+    }
+
     fn current(&self) -> (Arc<Loaded>, Arc<config::Daemon>) {
         self.sources.lock().unwrap_or_else(PoisonError::into_inner).current()
     }
@@ -126,6 +132,7 @@ fn declared(model: &Model, memory: Bytes, gpus: &[Gpu]) -> Footprint {
     Footprint {
         // GPU memory of an APU is part of what was declared.
         private: if unified { memory - gpu } else { memory },
+        swapped: Bytes::ZERO,
         mapped: Vec::new(),
         gpus: if gpu.is_zero() { Vec::new() } else { vec![gpu] },
     }
@@ -203,6 +210,8 @@ impl Catalog for RealCatalog {
             reload: Bytes::ZERO,
             may_swap: model.workload == Workload::Batch,
             stream: None,
+            swap: None,
+            no_swapfile: None,
             instead_of: wish.instead_of.clone(),
             stuck: Default::default(),
             force: wish.force,
@@ -234,10 +243,11 @@ impl Catalog for RealCatalog {
         };
         let gpus = &self.seen_by_engine(&subject, wish, gpus)?.gpus[..];
         let files = known.files();
-        let always = Cell::new(Bytes::ZERO);
+        let (always, may_swap) = (Cell::new(Bytes::ZERO), Cell::new(Bytes::MAX));
         let rung = |context: u64, (settings, estimate): &Priced| {
             let footprint = price::charge(facts, estimate, &files, settings, gpus);
             always.set(always.get().max(Bytes(estimate.mapped_always_bytes)));
+            may_swap.set(may_swap.get().min(Bytes(estimate.anonymous_experts_bytes)));
             Rung { context, footprint }
         };
         let price = |context: u64| Ok(rung(context, &price::needed(facts, &effective, context, gpus)?));
@@ -260,6 +270,7 @@ impl Catalog for RealCatalog {
             Err(error) => return Err(config_error(error)),
         }
         request.stream = effective.streams.then_some(always.get());
+        request.swap = effective.swaps.then_some(may_swap.get());
         request.advice = contexts.advised.into_iter().filter_map(|context| price(context).ok()).collect();
         Ok(request)
     }

@@ -32,8 +32,8 @@ pub(super) type Priced = (Settings, Estimate);
 /// where there is room to spare.
 ///
 /// Layers on the GPU are chosen by the sizes of its memory, not by what is free of it just now:
-/// making room is what the decisions are for. A model that may stream and doesn't fit on an APU's GPU has all
-/// experts mapped: which of them stay in memory is then for their use to decide, not for their layer.
+/// making room is what the decisions are for. A model that may stream or swap and doesn't fit on an APU's GPU has
+/// all experts on the host: which of them stay in memory is then for their use to decide, not for their layer.
 pub(super) fn needed(
     facts: &Facts,
     effective: &Effective,
@@ -50,7 +50,7 @@ pub(super) fn needed(
     let devices = devices(gpus);
     let placement = fit::place(facts, &settings, &devices, &budget)?;
     let unified = gpus.iter().any(|gpu| gpu.kind == GpuKind::Unified);
-    if effective.streams && unified && placement.cpu_moe > 0 {
+    if (effective.streams || effective.swaps) && unified && placement.cpu_moe > 0 {
         let all = Settings { overrides: settings.overrides, ..placement.settings };
         let all = all.with_experts_on_host(facts.layer_count);
         let estimate = fit::estimate(facts, &all, &devices)?;

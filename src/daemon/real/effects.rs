@@ -4,8 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
+
 use super::page_cache::PageCache;
 use super::store::Files;
+use super::swap::Order;
 use super::units::Units;
 use crate::action::systemd::{Systemd, SystemdError};
 use crate::config::Instance;
@@ -47,6 +50,12 @@ impl Effects {
             Effect::Stop(instance) => self.stop(&instance).await,
             Effect::Start(instance) => self.start(&instance).await,
             Effect::Limit(instance, limits) => self.limit(&instance, limits).await,
+            Effect::AddSwap(owner, bytes) => self.order(Order::Add(owner, bytes, boot_msec())).await,
+            Effect::RemoveSwap(name) => {
+                let in_use = self.host.swaps().unwrap_or_default();
+                let active = in_use.iter().any(|area| area.own() == Some(name));
+                self.order(if active { Order::Remove(name) } else { Order::Clean(name) }).await
+            }
         }
     }
 
@@ -114,8 +123,37 @@ impl Effects {
         self.systemd.set_limits(&unit, &chosen).await.map(drop).map_err(failed)
     }
 
+    /// Has a unit of its own carry out an order about swapfiles.
+    async fn order(&self, order: Order) -> Result<(), String> {
+        let unit = order.unit();
+        let ended = self.systemd.start_to_end(&unit).await;
+        let outcome = match ended {
+            Ok(()) => {
+                tracing::info!("{unit} is done");
+                Ok(())
+            }
+            Err(error) => {
+                let said =
+                    self.systemd.unit(&unit).await.map(|status| status.status_text).unwrap_or_default();
+                // Its failure is told; a failed unit left standing would only worry people.
+                let _ = self.systemd.reset_failed(&unit).await;
+                Err(if said.is_empty() { error.to_string() } else { said })
+            }
+        };
+        let survey = Arc::clone(&self.survey);
+        // The loop plans with what it sees.
+        let _ = tokio::task::spawn_blocking(move || survey()).await;
+        outcome
+    }
+
     fn group(&self, instance: &Instance) -> Option<PathBuf> {
         let group: ControlGroup = self.units.get(instance)?.control_group.parse().ok()?;
         Some(self.host.group_directory(&group))
     }
+}
+
+/// Milliseconds since boot.
+pub(super) fn boot_msec() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }

@@ -5,6 +5,7 @@ mod gate;
 mod page_cache;
 mod ports;
 mod store;
+mod swap;
 mod units;
 
 pub use effects::Effects;
@@ -12,6 +13,7 @@ pub use gate::Gate;
 pub use page_cache::PageCache;
 pub use ports::RealPorts;
 pub use store::Files;
+pub use swap::{Order, SwapFiles, carry_out};
 pub use units::{Units, follow};
 
 use crate::config::Instance;

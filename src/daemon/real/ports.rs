@@ -2,12 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
-use nix::time::{ClockId, clock_gettime};
-
-use super::effects::Effects;
+use super::effects::{Effects, boot_msec};
 use super::page_cache::PageCache;
+use super::swap::SwapFiles;
 use super::units::Units;
 use crate::action::systemd::UnitStatus;
 use crate::config::Instance;
@@ -25,6 +23,7 @@ pub struct RealPorts {
     host: Host,
     units: Arc<Units>,
     cache: Arc<PageCache>,
+    swap: Arc<SwapFiles>,
     effects: Effects,
     /// What was read last, for when a reading fails.
     memory: Memory,
@@ -41,10 +40,11 @@ impl RealPorts {
         host: Host,
         units: Arc<Units>,
         cache: Arc<PageCache>,
+        swap: Arc<SwapFiles>,
         effects: Effects,
     ) -> Result<Self, String> {
         let memory = host.memory().map_err(|error| error.to_string())?;
-        Ok(Self { host, units, cache, effects, memory, gpus: Vec::new(), complained: false })
+        Ok(Self { host, units, cache, swap, effects, memory, gpus: Vec::new(), complained: false })
     }
 
     fn unit(&self, instance: &Instance, status: &UnitStatus, cards: &[Card]) -> Unit {
@@ -74,8 +74,7 @@ impl RealPorts {
 
 impl Ports for RealPorts {
     fn now(&self) -> u64 {
-        let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default();
-        u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+        boot_msec()
     }
 
     fn observe(&mut self) -> Machine {
@@ -102,6 +101,8 @@ impl Ports for RealPorts {
             .iter()
             .map(|(instance, status)| (instance.clone(), self.unit(instance, status, &cards)))
             .collect();
+        // Without /proc/swaps there is no swap to speak of.
+        let (swaps, swap_room) = self.swap.with(self.host.swaps().unwrap_or_default());
         Machine {
             memory: self.memory,
             gpus: self.gpus.clone(),
@@ -109,6 +110,8 @@ impl Ports for RealPorts {
             units,
             starting: self.units.starting(),
             cached: self.cache.cached(),
+            swaps,
+            swap_room,
             stopping: self.units.stopping(),
         }
     }

@@ -3,7 +3,7 @@
 use super::{Action, ActionId, Active, Core, Effect, Leak, Outcome, Owed, Pending, Stage};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Machine, PerPool, Phase, capacity};
+use crate::ledger::{Machine, PerPool, Phase, SwapOwner, capacity};
 use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::limits::limits;
 use crate::policy::plan::{Plan, Planned, Step, StopReason, plan, refusal_of};
@@ -46,12 +46,18 @@ impl Core {
             self.unstoppable(&instance, &outcome);
             return;
         }
-        if self.restored(id, &outcome, now) {
+        if self.restored(id, &outcome, now) || self.retired(id, &outcome, now) {
             return;
         }
         let Some(active) = self.active.as_mut() else { return };
         active.stage = match std::mem::replace(&mut active.stage, Stage::Plan) {
-            Stage::Effect(waited) if waited == id => Stage::Plan,
+            Stage::Effect(waited) if waited == id => {
+                if let (Some(Step::AddSwap { .. }), Outcome::Failed(why)) = (active.steps.last(), outcome) {
+                    active.pending.request.swap = None;
+                    active.pending.request.no_swapfile = Some(why);
+                }
+                Stage::Plan
+            }
             Stage::Stop { id: waited, instance, frees, room } if waited == id => match &outcome {
                 Outcome::Done => Stage::Settle { instance, frees, room, since: now },
                 Outcome::Failed(_) => {
@@ -234,7 +240,20 @@ impl Core {
                 let id = self.perform(Effect::Stop(victim.clone()), out);
                 active.stage = Stage::Stop { id, instance: victim.clone(), frees: *frees_bytes, room };
             }
-            Step::ReduceContext { .. } | Step::Stream { .. } => {}
+            Step::AddSwap { bytes } => {
+                // Two are enough: what is made and does not show is no help.
+                if active.steps.iter().filter(|step| matches!(step, Step::AddSwap { .. })).count() == 2 {
+                    active.pending.request.swap = None;
+                    active.pending.request.no_swapfile =
+                        Some("the swapfiles made for it don't show".to_owned());
+                    self.active = Some(active);
+                    return;
+                }
+                let text = format!("making a swapfile of {bytes}");
+                self.say(&mut active, text, out);
+                active.stage = Stage::Effect(self.perform(Effect::AddSwap(SwapOwner::Plan, *bytes), out));
+            }
+            Step::ReduceContext { .. } | Step::Stream { .. } | Step::Swap { .. } => {}
         }
         active.steps.push(step);
         self.active = Some(active);

@@ -6,6 +6,7 @@
 
 mod admission;
 mod restore;
+mod swap;
 mod sync;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -19,7 +20,7 @@ use super::refusal::Refusal;
 use super::request::{Request, Rules};
 use crate::bytes::Bytes;
 use crate::config::{Instance, ModelName};
-use crate::ledger::{FileId, Machine, PerPool, Phase, Pool, Reservation};
+use crate::ledger::{FileId, Machine, PerPool, Phase, Pool, Reservation, SwapName, SwapOwner};
 
 /// Identifies an effect between its start and its outcome.
 pub type ActionId = u64;
@@ -112,6 +113,10 @@ pub enum Effect {
     Start(Instance),
     /// Set a unit's cgroup limits.
     Limit(Instance, Limits),
+    /// Make a swapfile of this size (or several, on several disks), and use it.
+    AddSwap(SwapOwner, Bytes),
+    /// Take a swapfile out of use and remove it; one that is not in use is only removed.
+    RemoveSwap(SwapName),
 }
 
 /// What survives a restart of the daemon.
@@ -210,6 +215,7 @@ pub struct Core {
     pending: Vec<Pending>,
     active: Option<Active>,
     restoring: Option<restore::Restoring>,
+    retiring: swap::Retiring,
     expiring: BTreeMap<ActionId, Instance>,
     activity: BTreeMap<Instance, sync::Activity>,
     decisions: VecDeque<Decision>,
@@ -313,6 +319,7 @@ impl Core {
         }
         self.proceed(machine, now, &mut out);
         self.restore(machine, now, &mut out);
+        self.retire(machine, now, &mut out);
         self.expire(now, &mut out);
         let saved = self.to_save();
         if saved != self.saved {

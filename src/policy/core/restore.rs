@@ -110,6 +110,8 @@ fn as_request(owed: &super::Owed) -> Request {
         reload: r.reload,
         may_swap: false,
         stream: None,
+        swap: None,
+        no_swapfile: None,
         instead_of: Default::default(),
         stuck: Default::default(),
         force: false,

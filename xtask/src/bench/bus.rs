@@ -92,6 +92,10 @@ fn admit(lab: &Lab, instance: &str, times: u32) -> Result<String> {
         &format!("for n in $(seq {times}); do systemctl start {unit} && systemctl stop {unit} || exit; done"),
         PATIENCE,
     )?;
+    // The monitor writes in order: what it sees now comes behind all that was before.
+    let size = lab.guest.ok(&format!("stat -c %s {seen}"))?;
+    let behind = format!("{ping} && test $(stat -c %s {seen}) -gt {}", size.trim());
+    lab.guest.wait_until("the monitor has seen everything", PATIENCE, &behind)?;
     let lines = lab.guest.ok(&format!("systemctl stop bench-bus.service; cat {seen}; rm -f {seen}"))?;
     let mut trips = RoundTrips::default();
     lines.lines().try_for_each(|line| trips.read(line))?;

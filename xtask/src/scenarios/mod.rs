@@ -9,6 +9,7 @@ mod fit;
 mod lifecycle;
 mod package;
 mod sharing;
+mod swap;
 mod systemd;
 
 use crate::lab::Lab;
@@ -49,6 +50,8 @@ scenarios![
     lifecycle::context_shrinks_before_eviction,
     lifecycle::one_larger_than_memory_streams,
     lifecycle::other_engines_and_observing,
+    swap::made_by_hand,
+    swap::one_larger_than_memory_swaps,
     access::group_members_may_load,
     access::engine_is_unprivileged,
     access::secrets_stay_secret,

@@ -1,0 +1,208 @@
+//! Swapfiles on the real machine: what is seen of them, and the orders that a unit of its own carries out.
+//!
+//! The daemon can't do it itself: it runs in a mount namespace, in which the kernel would remember a path that
+//! means nothing outside, it lacks the capability, and a swapoff can take minutes. So each order is a start of
+//! `plimsoll-swap@ORDER.service`, which runs [`carry_out`].
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
+
+use crate::action::swapfile::{Directory, SwapfileError, found, layout, rooms};
+use crate::bytes::Bytes;
+use crate::config;
+use crate::host::Host;
+use crate::ledger::{SwapArea, SwapName, SwapOwner};
+
+/// What a swap unit is to do; as text it is the unit's instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Make swapfiles of so many bytes together and use them. The number only tells one order from another.
+    Add(SwapOwner, Bytes, u64),
+    /// Take one out of use and remove it.
+    Remove(SwapName),
+    /// Remove one that is not in use.
+    Clean(SwapName),
+    /// Take all of the daemon's own out of use and remove them: the package goes.
+    RemoveAll,
+}
+
+impl Order {
+    /// The unit that carries it out.
+    #[must_use]
+    pub fn unit(&self) -> String {
+        format!("plimsoll-swap@{self}.service")
+    }
+}
+
+impl fmt::Display for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Add(SwapOwner::Plan, bytes, number) => write!(f, "add-plan-{}-{number}", bytes.0),
+            Self::Add(SwapOwner::Person, bytes, number) => write!(f, "add-hand-{}-{number}", bytes.0),
+            Self::Remove(name) => write!(f, "remove-{name}"),
+            Self::Clean(name) => write!(f, "clean-{name}"),
+            Self::RemoveAll => f.write_str("remove-all"),
+        }
+    }
+}
+
+impl FromStr for Order {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("'{text}' is no order for a swapfile");
+        if text == "remove-all" {
+            return Ok(Self::RemoveAll);
+        }
+        let (verb, rest) = text.split_once('-').ok_or_else(wrong)?;
+        match verb {
+            "remove" => return rest.parse().map(Self::Remove),
+            "clean" => return rest.parse().map(Self::Clean),
+            "add" => {}
+            _ => return Err(wrong()),
+        }
+        let mut parts = rest.split('-');
+        let owner = match parts.next() {
+            Some("plan") => SwapOwner::Plan,
+            Some("hand") => SwapOwner::Person,
+            _ => return Err(wrong()),
+        };
+        let mut number = || parts.next().and_then(|part| part.parse().ok()).ok_or_else(wrong);
+        let order = Self::Add(owner, Bytes(number()?), number()?);
+        if parts.next().is_some() { Err(wrong()) } else { Ok(order) }
+    }
+}
+
+/// Carries out an order: what `plimsolld --swap ORDER` does. As root, outside of any mount namespace.
+///
+/// # Errors
+/// Why not, in one sentence; nothing is left half done.
+pub fn carry_out(root: &Path, order: &str) -> Result<String, String> {
+    let order: Order = order.parse()?;
+    let swap = config::load(root).settings.unwrap_or_default().swap;
+    let text = |error: SwapfileError| error.to_string();
+    match order {
+        Order::Add(owner, bytes, _) => {
+            let rooms = rooms(&swap.directories, swap.max_size, swap.free_space);
+            let mut made: Vec<(PathBuf, SwapName)> = Vec::new();
+            for (path, size) in layout(bytes, &rooms).map_err(text)? {
+                match Directory::open(&path).and_then(|directory| directory.create(owner, size)) {
+                    Ok(name) => made.push((path, name)),
+                    Err(error) => {
+                        // All or none.
+                        for (path, name) in &made {
+                            let _ = Directory::open(path).and_then(|directory| directory.remove(name));
+                        }
+                        return Err(error.to_string());
+                    }
+                }
+            }
+            let names: Vec<String> = made.iter().map(|(_, name)| name.to_string()).collect();
+            Ok(format!("{bytes} of swap made: {}", names.join(", ")))
+        }
+        Order::Remove(name) | Order::Clean(name) => {
+            let path = places(root, &swap).into_iter().find(|path| path.join(name.file_name()).exists());
+            let directory =
+                Directory::open(&path.ok_or(SwapfileError::Missing(name)).map_err(text)?).map_err(text)?;
+            let clean = matches!(order, Order::Clean(_));
+            if clean { directory.clean(&name) } else { directory.remove(&name) }.map_err(text)?;
+            Ok(format!("swapfile {name} removed"))
+        }
+        Order::RemoveAll => {
+            let mut failed = Vec::new();
+            for path in places(root, &swap) {
+                for file in found(&path) {
+                    let removed = Directory::open(&path).and_then(|directory| directory.remove(&file.name));
+                    failed.extend(removed.err().map(|error| error.to_string()));
+                }
+            }
+            if failed.is_empty() { Ok("all swapfiles removed".to_owned()) } else { Err(failed.join("; ")) }
+        }
+    }
+}
+
+/// Where swapfiles of the daemon's own may be: where they are to be now, and where some are in use.
+fn places(root: &Path, swap: &config::Swap) -> Vec<PathBuf> {
+    let mut places = swap.directories.clone();
+    let in_use = Host::at(root).swaps().unwrap_or_default();
+    for path in in_use.iter().filter(|area| area.own().is_some()).filter_map(|area| area.path.parent()) {
+        if !places.iter().any(|place| place == path) {
+            places.push(path.to_owned());
+        }
+    }
+    places
+}
+
+/// What was last seen of the daemon's own swapfiles.
+#[derive(Debug, Default)]
+pub struct SwapFiles {
+    seen: Mutex<(Vec<SwapArea>, Bytes)>,
+}
+
+impl SwapFiles {
+    /// Looks at the directories. Blocks; for a thread that may.
+    pub fn look(&self, swap: &config::Swap) {
+        let files = swap.directories.iter().flat_map(|directory| found(directory));
+        let areas = files.map(|file| SwapArea {
+            path: file.path,
+            size: file.size,
+            used: Bytes::ZERO,
+            priority: 0,
+            active: false,
+        });
+        let areas = areas.collect();
+        let room = rooms(&swap.directories, swap.max_size, swap.free_space).into_iter().map(|(_, room)| room);
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = (areas, room.sum());
+    }
+
+    /// The areas in use, the files that are not, and the room for more.
+    #[must_use]
+    pub fn with(&self, mut active: Vec<SwapArea>) -> (Vec<SwapArea>, Bytes) {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let known: Vec<Option<SwapName>> = active.iter().map(SwapArea::own).collect();
+        active.extend(seen.0.iter().filter(|area| !known.contains(&area.own())).cloned());
+        (active, seen.1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_are_read_as_they_are_written() {
+        let name = SwapName { owner: SwapOwner::Plan, id: 9 };
+        for order in [
+            Order::Add(SwapOwner::Person, Bytes::gib(4), 77),
+            Order::Add(SwapOwner::Plan, Bytes(1), 0),
+            Order::Remove(name),
+            Order::Clean(name),
+            Order::RemoveAll,
+        ] {
+            assert_eq!(order.to_string().parse(), Ok(order));
+        }
+        for text in
+            ["", "add", "add-plan", "add-plan-1", "add-plan-1-2-3", "add-x-1-2", "remove-x", "clean-../etc"]
+        {
+            assert!(text.parse::<Order>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn files_in_use_are_counted_once() {
+        let area = |id, active| SwapArea {
+            path: PathBuf::from("/s").join(SwapName { owner: SwapOwner::Plan, id }.file_name()),
+            size: Bytes::gib(1),
+            used: Bytes::ZERO,
+            priority: -2,
+            active,
+        };
+        let files = SwapFiles { seen: Mutex::new((vec![area(1, false), area(2, false)], Bytes::gib(3))) };
+        let other = SwapArea { path: "/dev/sda2".into(), ..area(1, true) };
+        let (areas, room) = files.with(vec![other, area(2, true)]);
+        let active: Vec<bool> = areas.iter().map(|area| area.active).collect();
+        assert_eq!((active, room), (vec![true, true, false], Bytes::gib(3)));
+    }
+}
