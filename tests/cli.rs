@@ -336,3 +336,53 @@ fn the_generator_is_the_same_program_by_another_name() {
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(Command::new(&link).output().unwrap().status.code(), Some(2));
 }
+
+/// An engine of the test's own, with a fit tool beside it that says `answer`; the root of a configuration with
+/// a model `m` that it runs.
+fn configured_with_tool(scratch: &Scratch, answer: &str) -> String {
+    use std::os::unix::fs::PermissionsExt;
+    for (name, script) in [("llama-server", "exit 1"), ("llama-fit-params", answer)] {
+        let program = scratch.file(&format!("engine/{name}"), format!("#!/bin/sh\n{script}\n").as_bytes());
+        std::fs::set_permissions(program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let (engine, model) = (scratch.0.join("engine/llama-server"), scratch.model("Phi-3-medium-128k-Q8_0"));
+    let settings = format!("[engine.own]\npath = {engine:?}\n");
+    scratch.file("root/etc/plimsoll/plimsoll.toml", settings.as_bytes());
+    let text = format!("model = {model:?}\nengine = \"own\"\ncontext = 4096\n");
+    scratch.file("root/etc/plimsoll/models.d/m.toml", text.as_bytes());
+    path(&scratch.0.join("root")).to_owned()
+}
+
+#[test]
+fn fit_asks_for_a_second_opinion() {
+    let scratch = Scratch::new("check");
+    let root = configured_with_tool(&scratch, "echo log >&2; echo 'Host 14146 800 200'");
+    let fit = ["fit", "m", "--root", &root, "-c", "4096", "--ram", "64GiB", "--check"];
+    let output = plimsoll(&fit);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let text = stdout(&output);
+    assert!(text.contains("llama-fit-params:") && text.contains("The larger counts: up to"), "{text}");
+    let json: Value = serde_json::from_slice(&plimsoll(&[&fit[..], &["--json"]].concat()).stdout).unwrap();
+    let asked = &json["check"]["contexts"][0];
+    assert_eq!((&asked["context"], &asked["agrees"]), (&4096.into(), &false.into()));
+    let excess = asked["excess_bytes"].as_u64().unwrap();
+    let compute = asked["parts"].as_array().unwrap().iter().find(|part| part["kind"] == "compute").unwrap();
+    let difference = compute["difference_bytes"].as_u64().unwrap();
+    assert_eq!(compute["tool_bytes"].as_u64(), Some(200 << 20));
+    assert_eq!(excess, difference + (1 << 20));
+}
+
+#[test]
+fn a_second_opinion_that_fails_is_said_and_is_no_failure() {
+    let scratch = Scratch::new("check-fails");
+    let root = configured_with_tool(&scratch, "echo 'error: invalid argument: --fit-print' >&2; exit 1");
+    let fit = ["fit", "m", "--root", &root, "-c", "4096", "--ram", "64GiB", "--check"];
+    let output = plimsoll(&fit);
+    assert_eq!(output.status.code(), Some(0));
+    let text = stdout(&output).replace('\n', " ");
+    let expected = "No second opinion: llama-fit-params failed: error: invalid argument: --fit-print.";
+    assert!(text.contains(expected), "{text}");
+    let output = plimsoll(&["fit", "phi-3-medium-128k:q8_0", "-c", "4096", "--ram", "64GiB", "--check"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stdout(&output).contains("can only be asked about files of this"), "{}", stdout(&output));
+}

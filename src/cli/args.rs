@@ -124,6 +124,9 @@ pub struct Fit {
     /// Find the largest context that fits
     #[arg(long, conflicts_with = "contexts")]
     pub max_context: bool,
+    /// Ask the engine's own llama-fit-params too, and show where it differs
+    #[arg(long, conflicts_with = "set")]
+    pub check: bool,
     /// Memory of the machine to judge for, instead of this one's
     #[arg(long, value_name = "SIZE", help_heading = "Another machine")]
     pub ram: Option<Bytes>,

@@ -24,10 +24,18 @@ pub fn locate(model: &Model, daemon: &Daemon) -> Result<PathBuf, Error> {
     match daemon.engines.get(&model.engine) {
         Some(EngineSource::Path(path)) => check_executable(path).map(|()| path.clone()),
         Some(EngineSource::Image(_)) => Err(Error::Container { engine: model.engine.clone() }),
-        None if model.engine == DEFAULT_ENGINE => search(&DIRECTORIES.map(Path::new), DEFAULT_ENGINE),
+        None if model.engine == DEFAULT_ENGINE => locate_default(),
         // Only where plimsoll.toml has errors, so that its engines are not known.
         None => Err(Error::UnknownEngine { engine: model.engine.clone() }),
     }
+}
+
+/// llama-server, where no configuration names another.
+///
+/// # Errors
+/// As [`locate`].
+pub fn locate_default() -> Result<PathBuf, Error> {
+    search(&DIRECTORIES.map(Path::new), DEFAULT_ENGINE)
 }
 
 /// The first of `directories` that has the program; one that is there and can't be run is an error

@@ -15,6 +15,7 @@ mod files;
 mod launch;
 mod locate;
 mod mounts;
+pub mod opinion;
 mod placeholders;
 pub mod version;
 mod words;
@@ -24,7 +25,7 @@ pub use effective::{Automatic, Effective, Source, effective};
 pub use error::Error;
 pub use files::{NeededFile, Purpose, files};
 pub use launch::Launch;
-pub use locate::{DIRECTORIES, check_executable, locate};
+pub use locate::{DIRECTORIES, check_executable, locate, locate_default};
 pub use mounts::{directories, drop_in};
 pub use version::Version;
 

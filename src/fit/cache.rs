@@ -89,7 +89,7 @@ impl Shape {
         let flash_attention = settings.flash_attention != FlashAttention::Off && facts.architecture != "grok";
         // Each slot has the token that it samples, and those that were drafted for it.
         let sampled = u64::from(slots).saturating_mul(1 + settings.drafted());
-        let outputs = if settings.embedding { batch } else { batch.min(sampled) };
+        let outputs = if settings.embedding || settings.all_outputs { batch } else { batch.min(sampled) };
         let shape = Self {
             context,
             cells,

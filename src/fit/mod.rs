@@ -149,7 +149,7 @@ impl Extras {
 }
 
 /// What llama-server will allocate.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Estimate {
     /// Context of all slots together, after rounding.
     pub context: u64,

@@ -176,6 +176,9 @@ pub struct Settings {
     pub fit: bool,
     /// `--embedding` or `--reranking`: a batch is processed at once, and every token has an output.
     pub embedding: bool,
+    /// Every token of a batch has an output, as llama-fit-params assumes: no setting of llama-server, whose
+    /// slots have one each.
+    pub all_outputs: bool,
     /// `--backend-sampling`: sampling becomes part of the graph.
     pub backend_sampling: bool,
     /// `--cache-ram` in MiB: the limit of the prompt cache; none is no limit, 0 is no cache.
@@ -231,6 +234,7 @@ impl Default for Settings {
             load_mode: LoadMode::Auto,
             fit: true,
             embedding: false,
+            all_outputs: false,
             backend_sampling: false,
             prompt_cache_mib: Some(8192),
             context_checkpoints: 32,

@@ -2,11 +2,13 @@
 //!
 //! What `host` reads and `action` does with them stands there; nothing here knows why it is called.
 
+mod limit;
 mod memory;
 mod pidfd;
 mod residency;
 mod swap;
 
+pub use limit::limit_child;
 pub use memory::{lock_memory, release_memory};
 pub use pidfd::{pid_of, pidfd_open, pidfd_send_signal};
 pub use residency::{ResidencyError, resident_bytes};

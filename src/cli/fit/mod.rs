@@ -1,6 +1,7 @@
 //! `plimsoll fit`: what a model takes at each context length, and whether it fits.
 
 mod beside;
+mod check;
 mod machine;
 mod quotes;
 mod report;
@@ -30,6 +31,8 @@ const STEP: u64 = 256;
 /// One line of the answer.
 #[derive(Clone, Debug)]
 struct Line {
+    /// With everything chosen that was left open, but the context as it was asked for.
+    settings: Settings,
     estimate: Estimate,
     judgement: Judgement,
     footprint: Footprint,
@@ -54,10 +57,21 @@ pub(super) fn fit(args: &Fit) -> Result<(), Failure> {
         let contexts = contexts(&args.contexts, &subject, pricer.facts.context_train);
         contexts.into_iter().map(|context| pricer.price(context)).collect::<Result<_, _>>()?
     };
+    let checked = args.check.then(|| check::check(&subject, &pricer, &lines));
     if args.json {
-        return output::print_json(&report::json(&subject, &target, &lines));
+        let mut answer = report::json(&subject, &target, &lines);
+        if let Some(checked) = &checked {
+            answer["check"] = check::json(checked);
+        }
+        return output::print_json(&answer);
     }
-    output::print(&report::text(&subject, &target, &lines, args.max_context, Painter::stdout()))
+    let painter = Painter::stdout();
+    let mut text = report::text(&subject, &target, &lines, args.max_context, painter);
+    if let Some(checked) = &checked {
+        text.push('\n');
+        text.push_str(&check::text(checked, painter));
+    }
+    output::print(&text)
 }
 
 /// The contexts to show, in ascending order: those asked for; else that of the arguments; else
@@ -147,7 +161,15 @@ impl<'a> Pricer<'a> {
         let streams = judgement.verdict == Verdict::Streams;
         let resident = footprint.mapped_bytes().mul_div(judgement.resident_per_mille, 1000);
         let reading = streams.then(|| fit::reading(&self.facts, &estimate, resident.0)).flatten();
-        Ok(Line { estimate, judgement, footprint, cpu_moe: placement.cpu_moe, mapped: None, reading })
+        Ok(Line {
+            settings: placement.settings,
+            estimate,
+            judgement,
+            footprint,
+            cpu_moe: placement.cpu_moe,
+            mapped: None,
+            reading,
+        })
     }
 
     /// The largest context, in steps of 256 tokens and at most what the model was trained on, that

@@ -36,6 +36,10 @@ pub struct Subject {
     pub oversize: Oversize,
     /// The configured reserve.
     pub reserve: Reserve,
+    /// The engine's program, where it is installed.
+    pub engine: Option<PathBuf>,
+    /// Variables that the configuration gives it.
+    pub environment: BTreeMap<String, String>,
     /// Where its description comes from.
     pub provenance: Provenance,
 }
@@ -200,6 +204,8 @@ impl Subject {
             configured: false,
             oversize: Oversize::default(),
             reserve,
+            engine: engine::locate_default().ok(),
+            environment: BTreeMap::new(),
             provenance: Provenance::File,
         }
     }
@@ -215,6 +221,7 @@ impl Subject {
             Failure::config(error.to_string())
                 .hint(format!("a file is meant? write ./{name}; 'plimsoll catalogue' lists others"))
         })?;
+        let daemon = loaded.settings.clone().unwrap_or_default();
         let wrong = |error: engine::Error| Failure::config(error.to_string());
         let Some(file) = model.model.as_ref().filter(|_| model.command.is_none()) else {
             let size = model.memory.map(|size| format!(": {size}")).unwrap_or_default();
@@ -241,7 +248,9 @@ impl Subject {
             passed_on: effective.passed_on,
             configured: true,
             oversize: model.oversize,
-            reserve: loaded.settings.map(|settings| settings.reserve).unwrap_or_default(),
+            reserve: daemon.reserve,
+            engine: engine::locate(model, &daemon).ok(),
+            environment: model.environment.0.clone(),
             provenance: Provenance::File,
         })
     }
