@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use plimsoll::bytes::Bytes;
 use plimsoll::daemon::catalog::RealCatalog;
+use plimsoll::engine::opinion;
 use plimsoll::ledger::{Gpu, GpuKind};
 use plimsoll::policy::{Request, Rung};
 use plimsoll::ports::{Catalog, CatalogError, Wish};
@@ -151,4 +152,85 @@ fn what_is_declared_is_taken_and_what_is_missing_is_named() {
     std::fs::File::options().write(true).open(&file).unwrap().set_len(length / 2).unwrap();
     let short = catalog.request(&wish("m"), &[]).unwrap_err();
     assert!(short.to_string().contains("is shorter than its header says"), "{short}");
+}
+
+/// What the gate hands over when the tool has said `answer` of `question`.
+fn with_opinion(question: &[String], answer: &str) -> Wish {
+    let said = [
+        (opinion::QUESTION.to_owned(), serde_json::to_string(question).unwrap()),
+        (opinion::ANSWER.to_owned(), answer.to_owned()),
+    ];
+    Wish { engine: said.into(), ..wish("m") }
+}
+
+#[test]
+fn the_larger_of_estimate_and_second_opinion_is_charged() {
+    let root = Root::new("Phi-3-medium-128k-Q8_0", "context = 16384\ncontext-min = 8192\n");
+    let catalog = root.catalog();
+    let asked = catalog.question(&wish("m"), &[]).unwrap().unwrap();
+    assert_eq!(asked.files.len(), 1);
+    let question = asked.arguments;
+    let alone = request(&catalog, &[]).ladder;
+
+    // Recorded of the real tool: it agrees, and nothing changes.
+    let same = catalog.request(&with_opinion(&question, "Host 14146 3200 171\n"), &[]).unwrap().ladder;
+    assert_eq!(same, alone);
+
+    // 100 MiB more of weights, 29 more of compute: both kinds of excess are private, at every context.
+    let more = with_opinion(&question, "log\nHost 14246 3200 200 \n");
+    let ladder = catalog.request(&more, &[]).unwrap().ladder;
+    let added: Vec<Bytes> = ladder
+        .iter()
+        .zip(&alone)
+        .map(|(with, without)| with.footprint.private - without.footprint.private)
+        .collect();
+    assert!(added[0] >= Bytes::mib(129) && added[0] <= Bytes::mib(131), "{added:?}");
+    assert!(added.iter().all(|more| *more == added[0]), "{added:?}");
+    assert_eq!(ladder[0].basis.opinion_bytes, added[0]);
+    assert_eq!(ladder[0].footprint.mapped, alone[0].footprint.mapped);
+
+    // A plan, for which nobody is asked, has it too; and what is admitted is what is run.
+    assert_eq!(request(&catalog, &[]).ladder, ladder);
+    assert_ne!(flag(&catalog, &ladder[0], &[], "--cache-ram"), "0");
+    assert_eq!(flag(&catalog, &ladder[1], &[], "--cache-ram"), "0");
+    let smaller = Wish { context: Some(4096), ..wish("m") };
+    assert_eq!(catalog.request(&smaller, &[]).unwrap().ladder[0].basis.opinion_bytes, added[0]);
+    let larger = Wish { context: Some(32768), ..wish("m") };
+    assert!(catalog.request(&larger, &[]).unwrap().ladder[0].basis.opinion_bytes.is_zero());
+
+    // Another file of that name is another model.
+    let file = catalog.model_files().into_iter().find(|path| path.starts_with(&root.0)).unwrap();
+    let file = std::fs::File::options().write(true).open(file).unwrap();
+    file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    let changed = request(&catalog, &[]).ladder;
+    assert!(changed[0].basis.opinion_bytes.is_zero());
+    assert_ne!(changed[0].basis.key, alone[0].basis.key);
+}
+
+#[test]
+fn an_opinion_that_makes_no_sense_changes_nothing() {
+    let root = Root::new("Phi-3-medium-128k-Q8_0", "context = 16384\n");
+    let catalog = root.catalog();
+    let question = catalog.question(&wish("m"), &[]).unwrap().unwrap().arguments;
+    let alone = request(&catalog, &[]).ladder;
+    let other: Vec<String> = question.iter().map(|word| word.replace("f16", "q8_0")).collect();
+    let unified =
+        Wish { engine: with_opinion(&question, "Vulkan0 9 9 9\nHost 14246 3200 200\n").engine, ..wish("m") };
+    for wish in [
+        with_opinion(&other, "Host 99999 9999 999\n"),
+        with_opinion(&[], "Host 99999 9999 999\n"),
+        with_opinion(&question, "error: no such flag\n"),
+        with_opinion(&question, "Host 99999999999999999999 0 0\n"),
+        unified,
+        Wish {
+            engine: [
+                (opinion::QUESTION.to_owned(), "{".to_owned()),
+                (opinion::ANSWER.to_owned(), String::new()),
+            ]
+            .into(),
+            ..wish("m")
+        },
+    ] {
+        assert_eq!(catalog.request(&wish, &[]).unwrap().ladder, alone);
+    }
 }

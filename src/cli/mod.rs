@@ -14,6 +14,7 @@ mod gate;
 mod generator;
 mod inquiry;
 mod load;
+mod opinion;
 mod output;
 mod process;
 mod remote;

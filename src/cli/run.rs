@@ -18,7 +18,7 @@ use super::args::{Common, Run};
 use super::failure::{Exit, Failure};
 use super::files::{open_all, user_name};
 use super::gate::{self, Patience, Question};
-use super::{inquiry, output};
+use super::{inquiry, opinion, output};
 use crate::action::notify::Notifier;
 use crate::config::{self, Instance, Model};
 use crate::dbus::proxy::Admitted;
@@ -49,15 +49,31 @@ fn gate(common: &Common, args: &Run, notify: &Notifier) -> Result<Admitted, Fail
     let environment = relevant(std::env::vars_os());
     let daemon = loaded.settings.clone().unwrap_or_default();
     let (files, program) = check(&instance, model, &daemon, &environment)?;
-    let mut engine = HashMap::new();
+    let name = instance.to_string();
+    let mut engine = BTreeMap::new();
     if model.command.is_none() {
         tell(notify, "asking the engine for its devices");
         let cache = std::env::var_os("CACHE_DIRECTORY").map(PathBuf::from);
-        engine.extend(inquiry::ask(&program, &model.environment.0, cache.as_deref()));
+        engine = inquiry::ask(&program, &model.environment.0, cache.as_deref());
+        tell(notify, "asking the engine's tool for its opinion");
+        let gate = opinion::Gate {
+            root: &args.root.root,
+            instance: &instance,
+            model,
+            program: &program,
+            files: &files,
+            environment: &environment,
+            engine: &engine,
+            cache: cache.as_deref(),
+        };
+        match opinion::ask(&gate) {
+            Ok(opinion) => engine.extend(opinion),
+            Err(why) => output::eprint(&format!("{name}: the estimate counts alone: {why}")),
+        }
     }
 
     let environment: HashMap<String, String> = environment.into_iter().collect();
-    let name = instance.to_string();
+    let engine: HashMap<String, String> = engine.into_iter().collect();
     let question = Question { instance: &name, files: &files, environment: &environment, engine: &engine };
     tell(notify, "waiting for admission");
     let mut said = String::new();

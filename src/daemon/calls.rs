@@ -11,7 +11,7 @@ use super::run::{Daemon, FIRST_TICKET};
 use super::view;
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Footprint, Machine, UnitState};
+use crate::ledger::{Machine, UnitState};
 use crate::policy::core::Effect;
 use crate::policy::{Action, ActionId, Event, Outcome, Refusal, Request, Rung};
 use crate::ports::{CatalogError, Wish};
@@ -343,8 +343,9 @@ impl Daemon {
         let catalog = Arc::clone(&self.parts.catalog);
         let gpus = self.machine.gpus.clone();
         let holder = self.core.holders().get(&instance);
-        let footprint = holder.map(|holder| holder.predicted.clone()).unwrap_or_default();
-        let rung = Rung { context, footprint };
+        let (footprint, basis) =
+            holder.map(|holder| (holder.predicted.clone(), holder.basis.clone())).unwrap_or_default();
+        let rung = Rung { context, footprint, basis };
         tokio::spawn(async move {
             let launch = tokio::task::spawn_blocking(move || catalog.launch(&wish, &rung, &gpus)).await;
             let _ = reply.send(match launch {
@@ -363,7 +364,7 @@ fn unknown(instance: &Instance, invocation: &str, why: Option<&str>) -> Request 
         invocation: invocation.to_owned(),
         priority: crate::config::DEFAULT_PRIORITY,
         pinned: false,
-        ladder: vec![Rung { context: 0, footprint: Footprint::default() }],
+        ladder: vec![Rung::default()],
         advice: Vec::new(),
         ttl: None,
         reload: Bytes::ZERO,

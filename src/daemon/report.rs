@@ -101,6 +101,14 @@ impl Classes {
     }
 }
 
+/// What a prediction rests on beyond the estimate; it has these bytes in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Basis {
+    /// By how much the engine's own llama-fit-params is above the estimate.
+    pub opinion_bytes: Bytes,
+}
+
 /// A model's instance.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -125,8 +133,10 @@ pub struct Model {
     pub address: String,
     /// Main process, or 0.
     pub pid: u32,
-    /// What the estimate says.
+    /// What the estimate says, corrected.
     pub predicted: Classes,
+    /// What `predicted` rests on beyond the estimate.
+    pub basis: Basis,
     /// What was read last.
     pub measured: Classes,
     /// Other names.
@@ -156,6 +166,8 @@ pub struct Decision {
     pub context: u64,
     /// The bytes that it was about: needed, freed, or missing.
     pub bytes: Bytes,
+    /// What the bytes rest on beyond the estimate.
+    pub basis: Basis,
     /// What is done for it, in order.
     pub steps: Vec<Step>,
     /// The numbers of a refusal.

@@ -71,7 +71,8 @@ impl Catalog for Fake {
             other => return Err(CatalogError::NotFound(format!("no {other}"))),
         };
         let footprint = Footprint { private: Bytes::gib(gib), ..Footprint::default() };
-        let ladder = if gib > 0 { vec![Rung { context: 4096, footprint }] } else { Vec::new() };
+        let ladder =
+            if gib > 0 { vec![Rung { context: 4096, footprint, ..Rung::default() }] } else { Vec::new() };
         Ok(Request {
             instance,
             invocation: wish.invocation.clone(),

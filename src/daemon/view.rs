@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use super::report::{Classes, Decision as Shown, Model, Pool as PoolReport, Status, Swap, SwapArea};
+use super::report::{
+    Basis as Correction, Classes, Decision as Shown, Model, Pool as PoolReport, Status, Swap, SwapArea,
+};
 use crate::bytes::Bytes;
 use crate::config::{Instance, ModelName};
 use crate::ledger::{
-    self, Charges, Footprint, Machine, Measured, PerPool, Phase, Pool, Reservation, SwapOwner, Unit,
+    self, Basis, Charges, Footprint, Machine, Measured, PerPool, Phase, Pool, Reservation, SwapOwner, Unit,
     UnitState, capacity,
 };
 use crate::policy::decision::Kind;
@@ -166,6 +168,7 @@ fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&Mo
         address: info.map(|info| address(&info.address, instance)).unwrap_or_default(),
         pid: unit.map_or(0, |unit| unit.main_pid),
         predicted: holder.map(|r| predicted(&r.predicted)).unwrap_or_default(),
+        basis: holder.map(|r| Correction { opinion_bytes: r.basis.opinion_bytes }).unwrap_or_default(),
         measured: unit
             .filter(|unit| unit.state.is_alive())
             .map(|u| measured(&u.measured))
@@ -218,6 +221,7 @@ pub(super) fn planned(request: &Request, planned: Planned, now: u64) -> Decision
         at_msec: now,
         context: 0,
         bytes: Bytes::ZERO,
+        basis: Basis::default(),
         steps: Vec::new(),
         refusal: None,
         observed: false,
@@ -228,9 +232,10 @@ pub(super) fn planned(request: &Request, planned: Planned, now: u64) -> Decision
             let steps: Vec<String> = plan.steps.iter().map(ToString::to_string).collect();
             let verdict = Verdict::after(&plan.steps);
             let after = if steps.is_empty() { String::new() } else { format!(" after {}", steps.join(", ")) };
-            let (context, bytes) = (plan.rung.context, plan.rung.footprint.total());
-            let text = format!("{instance} would be admitted with {bytes} at context {context}{after}");
-            Decision { context, bytes, steps: plan.steps, ..decision(Kind::Admit, verdict, text) }
+            let (context, bytes, basis) = (plan.rung.context, plan.rung.footprint.total(), plan.rung.basis);
+            let text =
+                format!("{instance} would be admitted with {bytes}{basis} at context {context}{after}");
+            Decision { context, bytes, basis, steps: plan.steps, ..decision(Kind::Admit, verdict, text) }
         }
         Planned::Wait(wait) => {
             let on: Vec<String> = wait.on.iter().map(ToString::to_string).collect();
@@ -269,7 +274,7 @@ mod tests {
             invocation: "1".into(),
             priority: 50,
             pinned: false,
-            ladder: vec![Rung { context: 4096, footprint }],
+            ladder: vec![Rung { context: 4096, footprint, ..Rung::default() }],
             advice: Vec::new(),
             ttl: None,
             reload: Bytes::ZERO,

@@ -15,6 +15,11 @@ use crate::fit::{Draft, Estimate, FlashAttention, GpuLayers, LoadMode, Parts, Se
 
 /// The tool's name.
 pub const TOOL: &str = "llama-fit-params";
+/// The keys under which a question and its answer go to the daemon, among what an engine says of itself: the
+/// arguments as a JSON list, and what the tool has printed.
+pub const QUESTION: &str = "fit-question";
+/// See [`QUESTION`].
+pub const ANSWER: &str = "fit-answer";
 /// Where distributions install it.
 const DIRECTORY: &str = "/usr/bin";
 /// Lines of an answer that are looked at; a real one has as many as there are devices, and the host's.
@@ -126,6 +131,14 @@ pub fn question(model: &Path, settings: &Settings) -> Vec<String> {
     }
     words.extend(override_arguments(&s.overrides));
     words
+}
+
+/// Takes a question apart: its context, and all the rest of it.
+#[must_use]
+pub fn context_apart(question: &[String]) -> Option<(u64, Vec<String>)> {
+    let at = question.iter().position(|word| word == "--ctx-size")?;
+    let context = question.get(at + 1)?.parse().ok()?;
+    Some((context, [&question[..at], &question[at + 2..]].concat()))
 }
 
 /// Bytes in one place, of the three kinds that the tool tells apart.

@@ -11,5 +11,5 @@ pub mod swap;
 pub use footprint::{Footprint, Mapped};
 pub use machine::{FileId, Gpu, GpuKind, Machine, Measured, Memory, Unit, UnitState};
 pub use pools::{Charges, PerPool, Pool, capacity};
-pub use reservation::{Phase, Reservation};
+pub use reservation::{Basis, Phase, Reservation};
 pub use swap::{SwapArea, SwapName, SwapOwner, swapfile_bytes};

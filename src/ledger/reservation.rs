@@ -1,6 +1,8 @@
 //! A reservation: memory promised to one holder, from the moment of the decision until its
 //! processes are gone.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::footprint::{Footprint, Mapped};
@@ -21,6 +23,35 @@ pub enum Phase {
     Stopping,
 }
 
+/// What figures rest on beyond the estimate.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Basis {
+    /// The same for the same files, settings and engine, and different for others; empty where they aren't
+    /// known.
+    pub key: String,
+    /// By how much the engine's own fit tool is above the estimate. The figures have it in.
+    pub opinion_bytes: Bytes,
+}
+
+impl Basis {
+    /// Whether the estimate counts alone.
+    #[must_use]
+    pub fn is_estimate(&self) -> bool {
+        self.opinion_bytes.is_zero()
+    }
+}
+
+/// For people, to stand behind the bytes that it is about; nothing where the estimate counts alone.
+impl fmt::Display for Basis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.opinion_bytes.is_zero() {
+            write!(f, " ({} of it because llama-fit-params says so)", self.opinion_bytes)?;
+        }
+        Ok(())
+    }
+}
+
 /// What one holder is promised and what it holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -33,8 +64,11 @@ pub struct Reservation {
     pub pinned: bool,
     /// Context length, all slots together; tokens.
     pub context: u64,
-    /// What the estimate says.
+    /// What the estimate says, and what it was corrected by.
     pub predicted: Footprint,
+    /// What `predicted` rests on.
+    #[serde(default)]
+    pub basis: Basis,
     /// What was read last.
     #[serde(default)]
     pub measured: Measured,
@@ -86,6 +120,7 @@ impl Reservation {
             pinned: false,
             context: 4096,
             predicted,
+            basis: Basis::default(),
             measured: Measured::default(),
             invocation: "i".into(),
             last_used: 0,

@@ -6,6 +6,7 @@ use super::plan::Step;
 use super::refusal::Refusal;
 use crate::bytes::Bytes;
 use crate::config::Instance;
+use crate::ledger::Basis;
 
 /// What was decided, in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +77,9 @@ pub struct Decision {
     pub context: u64,
     /// The bytes that it was about: needed, freed, or missing.
     pub bytes: Bytes,
+    /// What the bytes rest on.
+    #[serde(skip_serializing_if = "Basis::is_estimate", default)]
+    pub basis: Basis,
     /// What was done first.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub steps: Vec<Step>,

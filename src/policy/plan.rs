@@ -339,7 +339,7 @@ fn largest(ladder: &[Rung], fits: impl Fn(&Rung) -> bool) -> Option<&Rung> {
 /// A model of unknown size: admitted only by force, as one that takes nothing that is known.
 fn unknown(request: &Request, scene: &Scene<'_>) -> Planned {
     if request.force {
-        let rung = Rung { context: 0, footprint: crate::ledger::Footprint::default() };
+        let rung = Rung::default();
         return Planned::Admit(Plan { rung, steps: Vec::new() });
     }
     let why = request.unknown.clone().unwrap_or_else(|| "no estimate could be made".to_owned());
@@ -357,14 +357,14 @@ impl Scene<'_> {
     fn stream(&self, gone: &[usize]) -> Option<Plan> {
         let least = self.request.stream?;
         let resident = |rung: &Rung| {
-            let bare = Rung { context: rung.context, footprint: rung.footprint.resident(Bytes::ZERO) };
+            let bare = Rung { footprint: rung.footprint.resident(Bytes::ZERO), ..rung.clone() };
             let charge = self.charge(&bare, gone);
             let room = (self.room.memory - charge.memory).min(self.room.slice - charge.slice);
             (charge.within(&self.room) && room >= least).then(|| room.min(rung.footprint.mapped_bytes()))
         };
         let rung = largest(&self.request.ladder, |rung| resident(rung).is_some())?;
         let (resident_bytes, mapped_bytes) = (resident(rung)?, rung.footprint.mapped_bytes());
-        let kept = Rung { context: rung.context, footprint: rung.footprint.resident(resident_bytes) };
+        let kept = Rung { footprint: rung.footprint.resident(resident_bytes), ..rung.clone() };
         let mut plan = self.assemble(&kept, gone.to_vec());
         plan.steps.push(Step::Stream { resident_bytes, mapped_bytes });
         Some(plan)
@@ -384,13 +384,13 @@ impl Scene<'_> {
             // Compressed swap is filled first, and holds what it holds in memory.
             let swapped = short + if short.is_zero() { short } else { machine.swap_in_memory() };
             let missing = (others + swapfile_bytes(swapped)) - machine.swap_of_plans();
-            let kept = Rung { context: rung.context, footprint: rung.footprint.swapping(swapped) };
+            let kept = Rung { footprint: rung.footprint.swapping(swapped), ..rung.clone() };
             let fits = self.charge(&kept, gone).within(&self.room);
             (fits && swapped <= most && missing <= machine.swap_room).then_some((swapped, missing))
         };
         let rung = largest(&self.request.ladder, |rung| short_of(rung).is_some())?;
         let (swapped_bytes, missing) = short_of(rung)?;
-        let kept = Rung { context: rung.context, footprint: rung.footprint.swapping(swapped_bytes) };
+        let kept = Rung { footprint: rung.footprint.swapping(swapped_bytes), ..rung.clone() };
         let mut plan = self.assemble(&kept, gone.to_vec());
         let settings = plan.steps.iter().position(Step::is_setting).unwrap_or(plan.steps.len());
         if !missing.is_zero() {

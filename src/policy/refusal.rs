@@ -75,7 +75,7 @@ pub struct Refusal {
 pub(super) fn refuse(scene: &Scene<'_>, kind: RefusalKind) -> Refusal {
     let request = scene.request;
     let machine = scene.situation.machine;
-    let empty = super::Rung { context: 0, footprint: crate::ledger::Footprint::default() };
+    let empty = super::Rung::default();
     let smallest = request.ladder.last().unwrap_or(&empty);
     let goes = scene.select(|name, r| {
         request.instead_of.contains(name) || (r.phase == Phase::Running && r.expired(scene.situation.now))

@@ -6,15 +6,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Footprint, Memory, Reservation};
+use crate::ledger::{Basis, Footprint, Memory, Reservation};
 
 /// One context length at which a model could run, and what it takes there.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rung {
     /// Context length, all slots together; tokens.
     pub context: u64,
     /// What it takes.
     pub footprint: Footprint,
+    /// What that rests on.
+    #[serde(default)]
+    pub basis: Basis,
 }
 
 /// A wish to run one instance.
@@ -69,6 +72,7 @@ impl Request {
             pinned: self.pinned,
             context: rung.context,
             predicted: rung.footprint.clone(),
+            basis: rung.basis.clone(),
             measured: crate::ledger::Measured::default(),
             invocation: self.invocation.clone(),
             last_used: now,

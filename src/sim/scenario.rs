@@ -203,7 +203,7 @@ impl Scenario {
         let position = self.models.keys().position(|name| *name == instance.model)?;
         let model = self.models.get(&instance.model)?;
         let file = FileId { device: 1, inode: model.file.unwrap_or(1000 + position as u64) };
-        let rung = |context| Rung { context, footprint: model.footprint(context, file) };
+        let rung = |context| Rung { context, footprint: model.footprint(context, file), ..Rung::default() };
         let smallest = model.context_min.unwrap_or(model.context).min(model.context);
         let step = ((model.context - smallest) / 32).max(256);
         let mut ladder: Vec<Rung> = (0..)

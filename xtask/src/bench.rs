@@ -10,7 +10,9 @@ use crate::{deb, host, install};
 use anyhow::{Context, Result};
 use plimsoll::bytes::Bytes;
 use plimsoll::config::Instance;
-use plimsoll::ledger::{FileId, Footprint, Machine as Reading, Mapped, Measured, Memory, Phase, Reservation};
+use plimsoll::ledger::{
+    Basis, FileId, Footprint, Machine as Reading, Mapped, Measured, Memory, Phase, Reservation,
+};
 use plimsoll::policy::plan::Situation;
 use plimsoll::policy::{Planned, Request, Rules, Rung, plan};
 use std::collections::{BTreeMap, BTreeSet};
@@ -110,6 +112,7 @@ fn planner(count: u64) -> Result<()> {
             pinned: n % 50 == 0,
             context: 4096,
             predicted: footprint(n, 1024 + n % 13 * 300),
+            basis: Basis::default(),
             measured: Measured::default(),
             invocation: format!("{n:032x}"),
             last_used: n,
@@ -126,7 +129,11 @@ fn planner(count: u64) -> Result<()> {
         invocation: String::new(),
         priority: 90,
         pinned: false,
-        ladder: vec![Rung { context: 65536, footprint: footprint(count, held.0 / 3 / (1 << 20)) }],
+        ladder: vec![Rung {
+            context: 65536,
+            footprint: footprint(count, held.0 / 3 / (1 << 20)),
+            ..Rung::default()
+        }],
         advice: Vec::new(),
         ttl: None,
         reload: Bytes::gib(1),

@@ -27,6 +27,11 @@ pub(super) struct Known {
 }
 
 impl Known {
+    /// Which files they are, and whether they are still the same.
+    pub fn identities(&self) -> &[Identity] {
+        &self.identities
+    }
+
     /// The files: the model's in the order of its shards, then the draft model's, then the others.
     pub fn files(&self) -> Vec<FileId> {
         self.identities.iter().map(|i| FileId { device: i.device, inode: i.inode }).collect()

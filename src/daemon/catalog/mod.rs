@@ -3,7 +3,9 @@
 mod engines;
 mod files;
 mod ladder;
+mod opinions;
 mod price;
+mod pricing;
 mod sources;
 
 use std::cell::Cell;
@@ -13,13 +15,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use engines::{Engines, Seen};
 use files::{Headers, Known};
 use ladder::{Asked, contexts};
+use opinions::Opinions;
 use price::Priced;
+use pricing::Pricing;
 use sources::Sources;
 
 use crate::bytes::Bytes;
 use crate::config::{self, Instance, Loaded, Model, ModelName, NotFound, Reserve, Workload};
+use crate::engine::opinion::{self, Excess};
 use crate::engine::{self, Effective};
-use crate::fit::{Facts, FitError};
+use crate::fit::{Facts, FitError, Settings};
+use crate::gguf::Identity;
 use crate::ledger::{Footprint, Gpu, GpuKind};
 use crate::policy::{Mode, Peers, Request, Rung};
 use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Rulebook, Wish};
@@ -29,6 +35,16 @@ pub struct RealCatalog {
     sources: Mutex<Sources>,
     headers: Mutex<Headers>,
     engines: Mutex<Engines>,
+    opinions: Mutex<Opinions>,
+}
+
+/// What a fit tool is to be asked.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// Its arguments.
+    pub arguments: Vec<String>,
+    /// The files that the answer depends on.
+    pub files: Vec<Identity>,
 }
 
 /// A model on its way to a request.
@@ -63,7 +79,12 @@ impl RealCatalog {
     /// The models configured below `root`, `/` for this machine.
     #[must_use]
     pub fn new(root: &Path) -> Self {
-        Self { sources: Mutex::new(Sources::new(root)), headers: Mutex::default(), engines: Mutex::default() }
+        Self {
+            sources: Mutex::new(Sources::new(root)),
+            headers: Mutex::default(),
+            engines: Mutex::default(),
+            opinions: Mutex::default(),
+        }
     }
 
     /// The files of all models that are configured, as far as they are known by name.
@@ -106,7 +127,74 @@ impl RealCatalog {
     fn seen_by_engine(&self, subject: &Subject, wish: &Wish, gpus: &[Gpu]) -> Result<Seen, CatalogError> {
         let program = engine::locate(subject.model()?, &subject.settings).map_err(config_error)?;
         let mut engines = self.engines.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(engines.seen(&program, &wish.engine, gpus))
+        Ok(engines.seen(program, &wish.engine, gpus))
+    }
+
+    /// What the fit tool beside the model's engine is to be asked before `wish` is uttered; none where it
+    /// has no say.
+    ///
+    /// # Errors
+    /// What is wrong with the model or its files.
+    pub fn question(&self, wish: &Wish, gpus: &[Gpu]) -> Result<Option<Question>, CatalogError> {
+        let subject = self.subject(wish)?;
+        let model = subject.model()?;
+        let (None, None, Some(file)) = (&model.command, model.memory, &model.model) else { return Ok(None) };
+        let (effective, known) = self.opened(model, wish)?;
+        let Ok(facts) = facts(&known)? else { return Ok(None) };
+        let seen = self.seen_by_engine(&subject, wish, gpus)?;
+        let pricing = seen.pricing(facts, &effective, &known, model, wish);
+        let wanted =
+            contexts(asked(model, &effective, wish, facts)).allowed.first().copied().unwrap_or_default();
+        let (settings, _) = pricing.needed(wanted).map_err(config_error)?;
+        let arguments = opinion::question(file, &settings);
+        Ok(Some(Question { arguments, files: known.identities().to_vec() }))
+    }
+
+    /// By how much the engine's own fit tool is above the estimate for `settings`: as it says now, or as it
+    /// was remembered; nothing where nobody asked it.
+    fn second_opinion(
+        &self,
+        pricing: &Pricing<'_>,
+        model: &Model,
+        wish: &Wish,
+        settings: &Settings,
+    ) -> Excess {
+        let Some(file) = &model.model else { return Excess::default() };
+        let question = opinion::question(file, settings);
+        let Some((key, context)) = pricing.asked_about(&question) else { return Excess::default() };
+        let mut opinions = self.opinions.lock().unwrap_or_else(PoisonError::into_inner);
+        match pricing.second(wish, &question, settings) {
+            Ok(Some((context, excess))) => {
+                let more = Bytes(excess.total());
+                if !more.is_zero() {
+                    tracing::info!(
+                        "{}: {} says {more} more than the estimate, which counts",
+                        model.name,
+                        opinion::TOOL
+                    );
+                }
+                opinions.keep(&key, context, excess);
+            }
+            Ok(None) => {}
+            Err(why) => tracing::info!("{}: the estimate counts alone: {why}", model.name),
+        }
+        opinions.find(&key, context).unwrap_or_default()
+    }
+}
+
+impl Seen {
+    /// A model with this engine, which sees what is left of the machine's GPUs.
+    fn pricing<'a>(
+        &'a self,
+        facts: &'a Facts,
+        effective: &'a Effective,
+        known: &Known,
+        model: &'a Model,
+        wish: &'a Wish,
+    ) -> Pricing<'a> {
+        let environment = model.environment.0.iter().chain(&wish.environment);
+        let engine = (&*self.program, self.version.as_ref());
+        Pricing::new(facts, effective, known, engine, environment, &self.gpus)
     }
 }
 
@@ -221,7 +309,7 @@ impl Catalog for RealCatalog {
         };
         let declared = model.memory.map(|memory| {
             let context = wish.context.or(model.context).unwrap_or_default();
-            Rung { context, footprint: declared(model, memory, gpus) }
+            Rung { context, footprint: declared(model, memory, gpus), ..Rung::default() }
         });
         if model.command.is_some() {
             request.reload = declared.as_ref().map(|rung| rung.footprint.total()).unwrap_or_default();
@@ -241,22 +329,25 @@ impl Catalog for RealCatalog {
                 return Ok(request);
             }
         };
-        let gpus = &self.seen_by_engine(&subject, wish, gpus)?.gpus[..];
-        let files = known.files();
+        let seen = self.seen_by_engine(&subject, wish, gpus)?;
+        let mut pricing = seen.pricing(facts, &effective, &known, model, wish);
+        let contexts = contexts(asked(model, &effective, wish, facts));
+        // The wanted context comes twice: with what is nice to have, and without.
+        let wanted = contexts.allowed.first().copied().unwrap_or_default();
+        let first = pricing.needed(wanted);
+        if let Ok((settings, _)) = &first {
+            pricing.excess = self.second_opinion(&pricing, model, wish, settings);
+        }
         let (always, may_swap) = (Cell::new(Bytes::ZERO), Cell::new(Bytes::MAX));
-        let rung = |context: u64, (settings, estimate): &Priced| {
-            let footprint = price::charge(facts, estimate, &files, settings, gpus);
+        let rung = |context: u64, priced: &Priced| {
+            let (_, estimate) = priced;
             always.set(always.get().max(Bytes(estimate.mapped_always_bytes)));
             may_swap.set(may_swap.get().min(Bytes(estimate.anonymous_experts_bytes)));
-            Rung { context, footprint }
+            pricing.rung(context, priced)
         };
-        let price = |context: u64| Ok(rung(context, &price::needed(facts, &effective, context, gpus)?));
-        let contexts = contexts(asked(model, &effective, wish, facts));
+        let price = |context: u64| Ok(rung(context, &pricing.needed(context)?));
         let ladder = || {
-            // The wanted context comes twice: with what is nice to have, and without.
-            let wanted = contexts.allowed.first().copied().unwrap_or_default();
-            let needed = price::needed(facts, &effective, wanted, gpus)?;
-            let spacious = price::spacious(facts, &effective, &needed, gpus)?;
+            let spacious = pricing.spacious(&first?)?;
             let ladder = spacious.map(|spacious| Ok(rung(wanted, &spacious)));
             ladder.into_iter().chain(contexts.allowed.iter().copied().map(price)).collect()
         };
@@ -283,17 +374,13 @@ impl Catalog for RealCatalog {
         } else {
             let (effective, known) = self.opened(model, wish)?;
             let seen = self.seen_by_engine(&subject, wish, gpus)?;
-            let gpus = &seen.gpus[..];
             let settings = match facts(&known)? {
                 Ok(facts) if rung.context > 0 => {
-                    let needed =
-                        price::needed(facts, &effective, rung.context, gpus).map_err(config_error)?;
-                    let spacious = price::spacious(facts, &effective, &needed, gpus).map_err(config_error)?;
-                    let files = known.files();
-                    // What was admitted is told by what was promised.
-                    let admitted = |(settings, estimate): &Priced| {
-                        price::charge(facts, estimate, &files, settings, gpus) == rung.footprint
-                    };
+                    let pricing = seen.pricing(facts, &effective, &known, model, wish);
+                    let needed = pricing.needed(rung.context).map_err(config_error)?;
+                    let spacious = pricing.spacious(&needed).map_err(config_error)?;
+                    // What was admitted is told by its key.
+                    let admitted = |(settings, _): &Priced| pricing.key(settings) == rung.basis.key;
                     spacious.filter(admitted).unwrap_or(needed).0
                 }
                 // Its size is unknown or declared: the engine gets what is configured, as it is.

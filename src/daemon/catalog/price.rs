@@ -101,8 +101,12 @@ pub(super) fn charge(
     settings: &Settings,
     gpus: &[Gpu],
 ) -> Footprint {
+    footprint(estimate, files, &touched(facts, settings, gpus))
+}
+
+/// Which of `gpus` each device of an estimate is.
+pub(super) fn touched(facts: &Facts, settings: &Settings, gpus: &[Gpu]) -> Vec<usize> {
     let devices = devices(gpus);
     let position = |device: &&Device| devices.list.iter().position(|d| d.name == device.name);
-    let touched: Vec<usize> = devices.touched(&facts.beside, settings).iter().filter_map(position).collect();
-    footprint(estimate, files, &touched)
+    devices.touched(&facts.beside, settings).iter().filter_map(position).collect()
 }

@@ -3,7 +3,7 @@
 use super::{Action, ActionId, Active, Core, Effect, Leak, Outcome, Owed, Pending, Stage};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Machine, PerPool, Phase, SwapOwner, capacity};
+use crate::ledger::{Basis, Machine, PerPool, Phase, SwapOwner, capacity};
 use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::limits::limits;
 use crate::policy::plan::{Plan, Planned, Step, StopReason, plan, refusal_of};
@@ -302,6 +302,7 @@ impl Core {
             at_msec: now,
             context: owed.context,
             bytes: frees,
+            basis: Basis::default(),
             steps: Vec::new(),
             refusal: None,
             observed: false,
@@ -342,6 +343,7 @@ impl Core {
                 at_msec: now,
                 context: 0,
                 bytes,
+                basis: Basis::default(),
                 steps: Vec::new(),
                 refusal: None,
                 observed: false,
@@ -381,6 +383,7 @@ impl Core {
         let Some(reservation) = self.holders.get_mut(&instance) else { return };
         reservation.phase = Phase::Loading;
         let (context, bytes) = (reservation.context, reservation.predicted.total());
+        let basis = reservation.basis.clone();
         self.owed.retain(|owed| owed.instance != instance);
         let after = if active.steps.is_empty() { "" } else { " after " };
         let steps: Vec<String> = active.steps.iter().map(ToString::to_string).collect();
@@ -396,9 +399,10 @@ impl Core {
             refusal: None,
             observed: false,
             text: format!(
-                "{instance} is admitted with {bytes} at context {context}{after}{}",
+                "{instance} is admitted with {bytes}{basis} at context {context}{after}{}",
                 steps.join(", ")
             ),
+            basis,
         };
         self.record(decision, out);
         out.push(Action::Answer { ticket: active.pending.ticket, answer: Ok(context) });
@@ -419,6 +423,7 @@ impl Core {
             at_msec: now,
             context: refusal.context,
             bytes: refusal.needed_bytes,
+            basis: Basis::default(),
             steps: active.steps,
             refusal: Some(refusal.clone()),
             observed: false,
@@ -433,8 +438,7 @@ impl Core {
         let request = &active.pending.request;
         let instance = request.instance.clone();
         let wanted = request.ladder.first().cloned();
-        let rung = wanted
-            .unwrap_or(crate::policy::Rung { context: 0, footprint: crate::ledger::Footprint::default() });
+        let rung = wanted.unwrap_or_default();
         let (verdict, would, steps, refusal) = match planned {
             Planned::Admit(plan) if plan.steps.is_empty() => (Verdict::Fits, String::new(), Vec::new(), None),
             Planned::Admit(plan) => {
@@ -464,7 +468,11 @@ impl Core {
             refusal,
             for_instance: None,
             observed: true,
-            text: format!("{instance} is admitted with {bytes} at context {context}, only observing{would}"),
+            text: format!(
+                "{instance} is admitted with {bytes}{} at context {context}, only observing{would}",
+                rung.basis
+            ),
+            basis: rung.basis,
             instance,
         };
         self.record(decision, out);
@@ -491,6 +499,7 @@ impl Core {
                 at_msec: now,
                 context,
                 bytes,
+                basis: Basis::default(),
                 steps: Vec::new(),
                 refusal: None,
                 observed: false,

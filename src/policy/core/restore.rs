@@ -3,7 +3,7 @@
 use super::{Action, ActionId, Core, Effect, Outcome};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::Machine;
+use crate::ledger::{Basis, Machine};
 use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::plan::fits_as_is;
 use crate::policy::request::{Mode, Request, Rung};
@@ -66,6 +66,7 @@ impl Core {
                 at_msec: now,
                 context: reservation.context,
                 bytes,
+                basis: Basis::default(),
                 steps: Vec::new(),
                 refusal: None,
                 observed: false,
@@ -104,7 +105,7 @@ fn as_request(owed: &super::Owed) -> Request {
         invocation: String::new(),
         priority: r.priority,
         pinned: r.pinned,
-        ladder: vec![Rung { context: r.context, footprint: r.predicted.clone() }],
+        ladder: vec![Rung { context: r.context, footprint: r.predicted.clone(), basis: r.basis.clone() }],
         advice: Vec::new(),
         ttl: r.ttl,
         reload: r.reload,

@@ -65,6 +65,75 @@ pub fn predictions_hold(lab: &mut Lab) -> Result<()> {
     lab.no_oom_kill()
 }
 
+/// The guest's real fit tool is asked, by a person and at the gate; what it says more is reserved, and a tool
+/// that fails holds up nobody.
+pub fn second_opinion_is_asked(lab: &mut Lab) -> Result<()> {
+    lab.configure(&[Config::new("small", 8001).context(2048)])?;
+    let check: serde_json::Value = serde_json::from_str(&lab.guest.ok("plimsoll fit small --check --json")?)?;
+    let check = &check["check"];
+    ensure!(check["tool"] == "/usr/bin/llama-fit-params", "{check}");
+    let contexts = check["contexts"].as_array().map_or(&[][..], Vec::as_slice);
+    ensure!(
+        !contexts.is_empty() && contexts.iter().all(|asked| asked["agrees"] == true),
+        "they differ: {check}"
+    );
+
+    lab.serve("small", 8001)?;
+    let kept = "/var/cache/plimsoll/small/opinions.json";
+    let owner = lab.guest.ok(&format!("stat -c %U {kept}"))?;
+    ensure!(owner.trim() == "plimsoll-llm", "asked as {owner}");
+    ensure!(lab.guest.ok(&format!("cat {kept}"))?.contains("Host "), "no answer in {kept}");
+    let agreed = lab.model("small")?;
+    ensure!(agreed.basis.opinion_bytes.is_zero(), "{:?}", agreed.basis);
+    lab.guest.ok_within("systemctl stop llm@small.service", PATIENCE)?;
+
+    // Engines with tools of their own: one that says 64 MiB more than the real one, one that is broken.
+    let tools = [
+        (
+            "more",
+            "/usr/bin/llama-fit-params \"$@\" | awk '/^Host/ { print $1, $2, $3, $4 + 64; next } { print }'",
+        ),
+        ("broken", "echo 'error: out of order' >&2; exit 1"),
+    ];
+    let mut engines = String::new();
+    for (name, script) in tools {
+        lab.guest
+            .ok(&format!("mkdir -p /opt/{name} && ln -sf /usr/bin/llama-server /opt/{name}/llama-server"))?;
+        let tool = format!("/opt/{name}/llama-fit-params");
+        lab.guest.write(&tool, &format!("#!/bin/sh\n{script}\n"))?;
+        lab.guest.ok(&format!("chmod 0755 {tool}"))?;
+        engines.push_str(&format!("[engine.{name}]\npath = \"/opt/{name}/llama-server\"\n"));
+    }
+    let settings = lab.guest.ok("cat /etc/plimsoll/plimsoll.toml")?;
+    lab.guest.write("/etc/plimsoll/plimsoll.toml", &format!("{settings}\n{engines}"))?;
+    let with =
+        |engine: &str| Config::new("small", 8001).context(2048).with(&format!("engine = \"{engine}\""));
+
+    lab.configure(&[with("more")])?;
+    lab.serve("small", 8001)?;
+    let more = lab.model("small")?;
+    let said = more.basis.opinion_bytes;
+    ensure!(said >= Bytes::mib(64) && said <= Bytes::mib(65), "the tool's 64 MiB became {said}");
+    ensure!(
+        more.predicted.private_bytes == agreed.predicted.private_bytes + said,
+        "{more:?} after {agreed:?}"
+    );
+    let explained = lab.guest.ok("plimsoll explain small")?;
+    ensure!(explained.contains("llama-fit-params"), "{explained}");
+    lab.guest.ok_within("systemctl stop llm@small.service", PATIENCE)?;
+
+    let cursor = lab.guest.journal_cursor()?;
+    lab.configure(&[with("broken")])?;
+    lab.serve("small", 8001)?;
+    ensure!(lab.model("small")?.predicted == agreed.predicted, "{:?}", lab.model("small")?);
+    let journal = lab.guest.journal_since(&cursor, "-u llm@small.service")?;
+    ensure!(journal.contains("the estimate counts alone") && journal.contains("out of order"), "{journal}");
+    lab.guest.ok_within("systemctl stop llm@small.service", PATIENCE)?;
+    lab.guest.write("/etc/plimsoll/plimsoll.toml", &settings)?;
+    lab.configure(&[])?;
+    lab.no_oom_kill()
+}
+
 /// A script for so many requests at once, each with a prompt that no other has, of a little more than
 /// a batch.
 fn completions(port: u16, at_once: u16, round: u16) -> String {

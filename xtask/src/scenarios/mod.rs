@@ -42,6 +42,7 @@ scenarios![
     broken::port_taken,
     broken::hostile_headers,
     fit::predictions_hold,
+    fit::second_opinion_is_asked,
     sharing::mapped_weights_are_charged_once,
     sharing::unmapped_weights_are_charged_twice,
     lifecycle::load_and_unload,
