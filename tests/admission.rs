@@ -5,7 +5,7 @@
 use plimsoll::bytes::Bytes;
 use plimsoll::ledger::UnitState;
 use plimsoll::policy::decision::Kind;
-use plimsoll::policy::{Planned, Refusal, RefusalKind, Step, Verdict};
+use plimsoll::policy::{Core, Planned, Refusal, RefusalKind, Step, Verdict};
 use plimsoll::sim::{Scenario, Simulation};
 
 /// A machine with 100 GiB for models beside 4 of the system, and models as `name = {...}` lines.
@@ -416,4 +416,51 @@ fn swap_is_no_help_beyond_what_may_be_swapped_or_what_the_disk_holds() {
     s.start("monster").run(60);
     assert_eq!((s.running().len(), s.world.observe().swaps.len()), (0, 0));
     sound(&s);
+}
+
+#[test]
+fn what_a_model_took_beyond_its_estimate_is_reserved_the_next_time() {
+    let mut s = machine(
+        "greedy = { weights = '40GiB', placement = 'anonymous', takes-more = '10GiB', priority = 50 }
+         other = { weights = '55GiB', placement = 'anonymous', priority = 10 }",
+    );
+    s.start("greedy").run(60);
+    assert_eq!(s.core.holders()[&"greedy".parse().unwrap()].held().total(), Bytes::gib(50));
+    s.stop("greedy").run(30).start("other").run(60);
+    // By its estimate it would fit beside the other: 95 of 100 GiB.
+    s.start("greedy").run(60);
+    assert_eq!(evicted(&s), ["other"]);
+    assert_eq!(s.running(), ["greedy"]);
+    let admitted = s.decisions.iter().rev().find(|d| d.kind == Kind::Admit).unwrap();
+    assert_eq!((admitted.bytes, admitted.basis.measured_bytes), (Bytes::gib(50), Bytes::gib(10)));
+    let said = "is admitted with 50.0 GiB (10.0 GiB of it because an earlier run took it) at context 4096";
+    assert!(admitted.text.contains(said), "{}", admitted.text);
+    sound(&s);
+}
+
+#[test]
+fn measured_peaks_outlive_a_reboot_and_hold_for_their_context_alone() {
+    let text =
+        "greedy = { weights = '40GiB', placement = 'anonymous', takes-more = '10GiB', context = 8192 }";
+    let mut s = machine(text);
+    s.start("greedy").run(60).stop("greedy").run(30);
+    let saved = serde_json::to_string(&s.core.saved()).unwrap();
+    let core = Core::new(Default::default(), serde_json::from_str(&saved).unwrap(), false);
+    let mut reading = plimsoll::ledger::Machine::default();
+    reading.memory.total = Bytes::gib(104);
+    reading.memory.available = Bytes::gib(100);
+    let planned = |context: u64| {
+        let scenario: Scenario = toml::from_str(&format!(
+            "[machine]\nmemory = '104GiB'\nsystem = '4GiB'\n[models]\n{}",
+            text.replace("8192", &context.to_string())
+        ))
+        .unwrap();
+        let request = scenario.request(&"greedy".parse().unwrap(), "").unwrap();
+        match core.preview(&request, &reading, 0) {
+            Planned::Admit(plan) => plan.rung,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(planned(8192).basis.measured_bytes, Bytes::gib(10));
+    assert!(planned(4096).basis.measured_bytes.is_zero(), "other settings");
 }

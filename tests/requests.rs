@@ -234,3 +234,26 @@ fn an_opinion_that_makes_no_sense_changes_nothing() {
         assert_eq!(catalog.request(&wish, &[]).unwrap().ladder, alone);
     }
 }
+
+#[test]
+fn files_settings_and_engine_have_a_key_together() {
+    let root = Root::new("Phi-3-medium-128k-Q8_0", "context = 16384\nprompt-cache = \"0MiB\"\n");
+    let catalog = root.catalog();
+    let key = |catalog: &RealCatalog, wish: &Wish| {
+        let rung = catalog.request(wish, &[]).unwrap().ladder.remove(0);
+        rung.basis.key
+    };
+    let engine = |version: &str| Wish {
+        engine: [("version".to_owned(), format!("version: {version} (build 11669, commit Debian)"))].into(),
+        ..wish("m")
+    };
+    let first = key(&catalog, &engine("0.7.0"));
+    assert_eq!(key(&catalog, &engine("0.7.0")), first);
+    assert_eq!(key(&root.catalog(), &engine("0.7.0")), first, "after a restart of the daemon");
+    assert_ne!(key(&catalog, &engine("0.7.1")), first);
+    let smaller = Wish { context: Some(8192), ..engine("0.7.0") };
+    assert_ne!(key(&catalog, &smaller), first);
+    let text = std::fs::read_to_string(root.0.join("etc/plimsoll/models.d/m.toml")).unwrap();
+    std::fs::write(root.0.join("etc/plimsoll/models.d/m.toml"), text + "cache-type-k = \"q8_0\"\n").unwrap();
+    assert_ne!(key(&root.catalog(), &engine("0.7.0")), first);
+}

@@ -107,6 +107,8 @@ impl Classes {
 pub struct Basis {
     /// By how much the engine's own llama-fit-params is above the estimate.
     pub opinion_bytes: Bytes,
+    /// By how much an earlier run of the same files, settings and engine was measured to take more than that.
+    pub measured_bytes: Bytes,
 }
 
 /// A model's instance.

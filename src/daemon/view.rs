@@ -168,7 +168,7 @@ fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&Mo
         address: info.map(|info| address(&info.address, instance)).unwrap_or_default(),
         pid: unit.map_or(0, |unit| unit.main_pid),
         predicted: holder.map(|r| predicted(&r.predicted)).unwrap_or_default(),
-        basis: holder.map(|r| Correction { opinion_bytes: r.basis.opinion_bytes }).unwrap_or_default(),
+        basis: holder.map(|r| correction(&r.basis)).unwrap_or_default(),
         measured: unit
             .filter(|unit| unit.state.is_alive())
             .map(|u| measured(&u.measured))
@@ -193,6 +193,10 @@ fn predicted(footprint: &Footprint) -> Classes {
         gpu_bytes: footprint.gpus.iter().copied().sum(),
         swapped_bytes: footprint.swapped,
     }
+}
+
+fn correction(basis: &Basis) -> Correction {
+    Correction { opinion_bytes: basis.opinion_bytes, measured_bytes: basis.measured_bytes }
 }
 
 fn measured(measured: &Measured) -> Classes {

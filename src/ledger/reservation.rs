@@ -32,23 +32,31 @@ pub struct Basis {
     pub key: String,
     /// By how much the engine's own fit tool is above the estimate. The figures have it in.
     pub opinion_bytes: Bytes,
+    /// By how much an earlier run was measured to take more than that. The figures have it in.
+    pub measured_bytes: Bytes,
 }
 
 impl Basis {
     /// Whether the estimate counts alone.
     #[must_use]
     pub fn is_estimate(&self) -> bool {
-        self.opinion_bytes.is_zero()
+        self.opinion_bytes.is_zero() && self.measured_bytes.is_zero()
     }
 }
 
 /// For people, to stand behind the bytes that it is about; nothing where the estimate counts alone.
 impl fmt::Display for Basis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if !self.opinion_bytes.is_zero() {
-            write!(f, " ({} of it because llama-fit-params says so)", self.opinion_bytes)?;
+        let (opinion, measured) = (self.opinion_bytes, self.measured_bytes);
+        match (opinion.is_zero(), measured.is_zero()) {
+            (true, true) => Ok(()),
+            (false, true) => write!(f, " ({opinion} of it because llama-fit-params says so)"),
+            (true, false) => write!(f, " ({measured} of it because an earlier run took it)"),
+            (false, false) => write!(
+                f,
+                " ({opinion} of it because llama-fit-params says so, {measured} because an earlier run took it)"
+            ),
         }
-        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::bytes::Bytes;
 use crate::config::{Instance, ModelName};
-use crate::ledger::{FileId, Footprint, Gpu, Mapped};
+use crate::ledger::{Basis, FileId, Footprint, Gpu, Mapped};
 use crate::policy::{Mode, Peers, Request, Rules, Rung, request};
 
 /// A simulated machine with its models.
@@ -105,6 +105,9 @@ pub struct SimModel {
     /// Bytes that it does not give back when it stops.
     #[serde(default)]
     pub leaks: Bytes,
+    /// Host memory that it takes beyond its estimate.
+    #[serde(default)]
+    pub takes_more: Bytes,
     /// It does not stop when it is told to.
     #[serde(default)]
     pub stuck: bool,
@@ -203,7 +206,10 @@ impl Scenario {
         let position = self.models.keys().position(|name| *name == instance.model)?;
         let model = self.models.get(&instance.model)?;
         let file = FileId { device: 1, inode: model.file.unwrap_or(1000 + position as u64) };
-        let rung = |context| Rung { context, footprint: model.footprint(context, file), ..Rung::default() };
+        let rung = |context| {
+            let basis = Basis { key: format!("{} at {context}", instance.model), ..Basis::default() };
+            Rung { context, footprint: model.footprint(context, file), basis }
+        };
         let smallest = model.context_min.unwrap_or(model.context).min(model.context);
         let step = ((model.context - smallest) / 32).max(256);
         let mut ladder: Vec<Rung> = (0..)

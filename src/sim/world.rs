@@ -300,9 +300,11 @@ impl World {
                 let request = self.scenario.request(&instance, "");
                 let rung = request.and_then(|r| r.ladder.into_iter().find(|rung| rung.context == *context));
                 let seconds = self.scenario.models.get(&instance.model).map_or(0, |m| m.load_seconds);
+                let more = self.scenario.models.get(&instance.model).map_or(Bytes::ZERO, |m| m.takes_more);
                 let now = self.now;
                 let Some(unit) = self.units.get_mut(&instance) else { return };
                 unit.footprint = rung.map(|rung| rung.footprint).unwrap_or_default();
+                unit.footprint.private += more;
                 unit.loading_since = now;
                 let invocation = unit.invocation;
                 self.later(seconds * 1000, Happening::Loaded(instance, invocation));

@@ -12,7 +12,7 @@ use crate::config::{Instance, ModelName};
 use crate::daemon::state::{Durable, Store};
 use crate::ledger::Reservation;
 use crate::policy::core::{Leak, Owed};
-use crate::policy::{Decision, Mode, Saved};
+use crate::policy::{Decision, Mode, Peaks, Saved};
 
 /// What holds for one boot: under /run.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -31,6 +31,7 @@ struct Ledger {
 struct Lasting {
     owed: Vec<Owed>,
     pins: BTreeMap<ModelName, bool>,
+    peaks: Peaks,
 }
 
 /// The files.
@@ -67,6 +68,7 @@ impl Files {
             decisions: ledger.decisions,
             owed: lasting.owed,
             pins: lasting.pins,
+            peaks: lasting.peaks,
         };
         (Durable { saved, mode: ledger.mode.filter(|_| same_boot) }, same_boot)
     }
@@ -97,7 +99,7 @@ impl Store for Files {
             decisions: saved.decisions,
             mode: durable.mode,
         };
-        let lasting = Lasting { owed: saved.owed, pins: saved.pins };
+        let lasting = Lasting { owed: saved.owed, pins: saved.pins, peaks: saved.peaks };
         // Equal contents are not written again, so the disk is only waited for when it has to be.
         let ledger = self.ledger.save(&ledger).map_err(|error| error.to_string());
         let lasting = self.lasting.save(&lasting).map_err(|error| error.to_string());

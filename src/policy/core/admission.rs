@@ -384,6 +384,7 @@ impl Core {
         reservation.phase = Phase::Loading;
         let (context, bytes) = (reservation.context, reservation.predicted.total());
         let basis = reservation.basis.clone();
+        self.peaks.used(&basis.key);
         self.owed.retain(|owed| owed.instance != instance);
         let after = if active.steps.is_empty() { "" } else { " after " };
         let steps: Vec<String> = active.steps.iter().map(ToString::to_string).collect();

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::decision::Decision;
 use super::limits::Limits;
+use super::peaks::Peaks;
 use super::plan::{Planned, Situation, Step, plan};
 use super::refusal::Refusal;
 use super::request::{Request, Rules};
@@ -133,6 +134,8 @@ pub struct Saved {
     pub leaks: Vec<Leak>,
     /// The latest decisions, oldest first; valid for this boot only.
     pub decisions: VecDeque<Decision>,
+    /// What models took that were measured to take more than predicted.
+    pub peaks: Peaks,
 }
 
 /// An evicted model that is owed a return.
@@ -219,6 +222,7 @@ pub struct Core {
     expiring: BTreeMap<ActionId, Instance>,
     activity: BTreeMap<Instance, sync::Activity>,
     decisions: VecDeque<Decision>,
+    peaks: Peaks,
     next_id: ActionId,
     saved: Saved,
     wake: Option<u64>,
@@ -231,7 +235,8 @@ impl Core {
     /// and no leak is valid any more, but who is owed a return still is.
     #[must_use]
     pub fn new(rules: Rules, saved: Saved, same_boot: bool) -> Self {
-        let mut core = Self { rules, owed: saved.owed, pins: saved.pins, ..Self::default() };
+        let mut core =
+            Self { rules, owed: saved.owed, pins: saved.pins, peaks: saved.peaks, ..Self::default() };
         if same_boot {
             core.holders = saved.holders;
             // A stop that was not begun is decided anew; one that was shows in the unit's state.
@@ -301,7 +306,7 @@ impl Core {
     /// What a request would lead to, changing nothing.
     #[must_use]
     pub fn preview(&self, request: &Request, machine: &Machine, now: u64) -> Planned {
-        plan(request, self.situation(machine, now))
+        plan(&self.peaks.corrected(request.clone()), self.situation(machine, now))
     }
 
     /// Takes in what happened and says what to do, in order.
@@ -310,8 +315,8 @@ impl Core {
         self.wake = None;
         self.sync(machine, now);
         match event {
-            Event::Ask { ticket, request } => self.ask(ticket, *request, now, &mut out),
-            Event::Adopt { request } => self.adopt(&request, machine, now),
+            Event::Ask { ticket, request } => self.ask(ticket, self.peaks.corrected(*request), now, &mut out),
+            Event::Adopt { request } => self.adopt(&self.peaks.corrected(*request), machine, now),
             Event::Done { id, outcome } => self.done(id, outcome, now, &mut out),
             Event::Unwanted(instance) => self.owed.retain(|owed| owed.instance != instance),
             Event::Pin(model, pinned) => self.pin(model, pinned),
@@ -348,6 +353,7 @@ impl Core {
             pins: self.pins.clone(),
             leaks: self.leaks.clone(),
             decisions: self.decisions.clone(),
+            peaks: self.peaks.clone(),
         }
     }
 

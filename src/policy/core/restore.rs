@@ -3,7 +3,7 @@
 use super::{Action, ActionId, Core, Effect, Outcome};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Basis, Machine};
+use crate::ledger::Machine;
 use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::plan::fits_as_is;
 use crate::policy::request::{Mode, Request, Rung};
@@ -51,14 +51,16 @@ impl Core {
                 continue;
             }
             let running = machine.units.get(&owed.instance).is_some_and(|unit| unit.state.is_alive());
-            if running || !fits_as_is(&as_request(owed), self.situation(machine, now)) {
+            let request = self.peaks.corrected(as_request(owed));
+            if running || !fits_as_is(&request, self.situation(machine, now)) {
                 continue;
             }
             let (instance, reservation) = (owed.instance.clone(), owed.reservation.clone());
             let id = self.perform(Effect::Start(instance.clone()), out);
             self.restoring = Some(Restoring { instance: instance.clone(), id, since: now });
             self.wake_at(now + TO_ASK);
-            let bytes = reservation.predicted.total();
+            let rung = request.ladder.first().cloned().unwrap_or_default();
+            let (bytes, basis) = (rung.footprint.total(), rung.basis);
             let decision = Decision {
                 kind: Kind::Restore,
                 for_instance: None,
@@ -66,7 +68,7 @@ impl Core {
                 at_msec: now,
                 context: reservation.context,
                 bytes,
-                basis: Basis::default(),
+                basis,
                 steps: Vec::new(),
                 refusal: None,
                 observed: false,

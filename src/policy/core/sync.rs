@@ -25,6 +25,7 @@ impl Core {
         for (instance, reservation) in &mut self.holders {
             let Some(unit) = unit(instance) else { continue };
             reservation.measured = unit.measured.clone();
+            self.peaks.note(reservation);
             match (reservation.phase, unit.state) {
                 (Phase::Loading | Phase::Running, UnitState::Deactivating) => {
                     reservation.phase = Phase::Stopping
