@@ -42,6 +42,8 @@ Examples:
       Start it through systemd, with progress; models of lower priority make room.
   plimsoll status
       Models, reservations against measured memory, pools, last decisions.
+  plimsoll doctor
+      What of this machine stands in the way, each with the exact fix.
   plimsoll validate
       Every problem of the configuration at once.
 
@@ -90,6 +92,7 @@ pub enum Verb {
     Mode(Mode),
     Swap(Swap),
     Reload(Reload),
+    Doctor(Doctor),
     Validate(Validate),
     Run(Run),
     WaitReady(WaitReady),
@@ -321,6 +324,22 @@ pub enum SwapCommand {
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  plimsoll validate && plimsoll reload")]
 pub struct Reload {}
+
+/// Check this machine and print the exact fix for what stands in the way
+///
+/// Kernel, memory pressure (PSI), control groups, what an APU's GPU may map, swap, room for swapfiles, other
+/// programs that end processes when memory is short, the daemon, the engines, and what their own fit tool says
+/// of the configured models. Needs no daemon and no root. Exits with 1 when something needs fixing.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  plimsoll doctor\n  plimsoll doctor --json")]
+pub struct Doctor {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Look at the machine recorded under this directory instead of this one: no daemon is asked, no engine run
+    #[arg(long, value_name = "DIR", default_value = "/", value_hint = ValueHint::DirPath, hide_default_value = true)]
+    pub root: PathBuf,
+}
 
 /// Check the configuration and show every problem at once
 ///

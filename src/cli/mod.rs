@@ -7,6 +7,7 @@ mod agent;
 mod args;
 mod catalogue;
 mod completions;
+mod doctor;
 mod failure;
 mod files;
 mod fit;
@@ -95,6 +96,7 @@ fn dispatch(cli: Cli) -> Result<Exit, Failure> {
         Verb::Mode(args) => verbs::mode(common, &args),
         Verb::Swap(args) => swap::swap(common, &args),
         Verb::Reload(_) => verbs::reload(common),
+        Verb::Doctor(args) => return doctor::doctor(common, &args),
         Verb::Validate(args) => return validate::validate(&args),
         Verb::WaitReady(args) => return wait_ready::wait_ready(&args),
         Verb::Run(args) => return run::run(common, &args),

@@ -12,6 +12,7 @@ mod mounts;
 mod pressure;
 mod process;
 mod swaps;
+mod system;
 
 use std::fs::OpenOptions;
 use std::io::{self, Read};
@@ -25,6 +26,7 @@ pub use drm::DrmUsage;
 pub use gpu::{Card, Heap, Region};
 pub use mounts::Mount;
 pub use pressure::Stall;
+pub use system::{Kernel, Process};
 
 /// No file of /proc or /sys that is read here is longer; what is, is not what it seems.
 const LONGEST: u64 = 1 << 20;

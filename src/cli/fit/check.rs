@@ -1,12 +1,14 @@
 //! `plimsoll fit --check`: the estimate beside what the engine's own fit tool says.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::machine::Target;
 use super::subject::{Provenance, Subject};
 use super::{Line, Pricer};
 use crate::bytes::{Bytes, MIB};
+use crate::cli::failure::Failure;
 use crate::cli::inquiry;
 use crate::cli::output::{Align, Painter, Style, Table, wrap};
 use crate::engine::opinion::{self, Comparison, Row, TOOL};
@@ -66,6 +68,31 @@ pub fn check(subject: &Subject, pricer: &Pricer<'_>, lines: &[Line]) -> Check {
     };
     let contexts = lines.iter().map(ask).collect();
     Check::Asked { tool, contexts }
+}
+
+/// By how much the tool is above the estimate of a configured model at its own context; bytes.
+///
+/// # Errors
+/// There is no such opinion: one sentence.
+pub fn second_opinion(root: &Path, name: &str) -> Result<u64, String> {
+    let said = |failure: Failure| failure.message;
+    let subject = Subject::configured(root, name).map_err(said)?;
+    let target = Target::here(subject.reserve).map_err(said)?;
+    let pricer = Pricer::new(&subject, &target).map_err(said)?;
+    let context = match subject.settings.context {
+        0 => pricer.facts.context_train,
+        context => context,
+    };
+    let line = pricer.price(context).map_err(said)?;
+    match check(&subject, &pricer, &[line]) {
+        Check::Unasked(why) => Err(why),
+        Check::Asked { contexts, .. } => contexts
+            .into_iter()
+            .map(|asked| asked.answer)
+            .next()
+            .unwrap_or_else(|| Err(format!("{TOOL} was not asked")))
+            .map(|comparison| comparison.excess.total()),
+    }
 }
 
 /// The object `check` of `--json`.

@@ -19,6 +19,7 @@ use crate::policy::verdict::{Judgement, footprint, judge, unified};
 use super::args::Fit;
 use super::failure::{Exit, Failure};
 use super::output::{self, Painter};
+pub(super) use check::second_opinion;
 use machine::Target;
 pub use quotes::Local;
 use subject::Subject;

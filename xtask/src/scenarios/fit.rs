@@ -134,6 +134,37 @@ pub fn second_opinion_is_asked(lab: &mut Lab) -> Result<()> {
     lab.no_oom_kill()
 }
 
+/// Somebody without rights is told how the guest is: nothing needs fixing, and nobody disagrees.
+pub fn doctor_finds_nothing_to_fix(lab: &mut Lab) -> Result<()> {
+    lab.configure(&[Config::new("small", 8001).context(2048)])?;
+    let done = lab.guest.run_within(
+        "setpriv --reuid=nobody --regid=nogroup --clear-groups plimsoll doctor --json",
+        PATIENCE,
+    )?;
+    ensure!(done.code == 0, "it exits with {}: {}", done.code, done.all());
+    let answer: serde_json::Value = serde_json::from_str(&done.stdout)?;
+    let checks = answer["checks"].as_array().map_or(&[][..], Vec::as_slice);
+    for (check, part) in [
+        ("kernel", ""),
+        ("pressure", "PSI"),
+        ("cgroups", "version 2"),
+        ("configuration", "1 model"),
+        ("daemon", "answers"),
+        ("engine", "/usr/bin/llama-server is"),
+        ("opinion", "small: llama-fit-params says no more than the estimate"),
+    ] {
+        let good = |found: &&serde_json::Value| {
+            found["check"] == check
+                && found["level"] == "ok"
+                && found["text"].as_str().is_some_and(|text| text.contains(part))
+        };
+        ensure!(checks.iter().any(|found| good(&found)), "{check} is not good: {answer:#}");
+    }
+    let text = lab.guest.ok("plimsoll doctor")?;
+    ensure!(text.ends_with("Nothing needs fixing."), "{text}");
+    lab.configure(&[])
+}
+
 /// A script for so many requests at once, each with a prompt that no other has, of a little more than
 /// a batch.
 fn completions(port: u16, at_once: u16, round: u16) -> String {
