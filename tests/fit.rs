@@ -218,7 +218,7 @@ fn settings() -> impl Strategy<Value = Settings> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
     fn the_split_adds_up(settings in settings(), model in 0_usize..4) {
@@ -233,26 +233,37 @@ proptest! {
     }
 
     #[test]
-    fn more_context_never_costs_less(settings in settings(), more in 1_u64..100_000, model in 0_usize..4) {
+    fn more_context_never_costs_less(settings in settings(), more in 1_u64..100_000, model in 0_usize..4, device in any::<bool>()) {
         let larger = Settings { context: settings.context + more, ..settings.clone() };
         let facts = &models()[model];
-        let both = (estimate(facts, &settings, &one_device()), estimate(facts, &larger, &one_device()));
+        let devices = if device { one_device() } else { Devices::none() };
+        let both = (estimate(facts, &settings, &devices), estimate(facts, &larger, &devices));
         if let (Ok(small), Ok(large)) = both {
             prop_assert!(large.bytes.kv_bytes >= small.bytes.kv_bytes);
-            prop_assert!(large.bytes.total_bytes + (1 << 20) >= small.bytes.total_bytes);
+            prop_assert!(large.bytes.extras_bytes >= small.bytes.extras_bytes);
+            // With the cache apart from its layers, each of its tensors is copied for its layer, and ggml's allocator, which
+            // takes the first gap that fits, finds one more or one less: the engine's own compute buffer may then
+            // shrink as the context grows.
+            if settings.kv_offload || !device {
+                prop_assert!(
+                    large.bytes.total_bytes >= small.bytes.total_bytes,
+                    "{:?} and {:?}", small.bytes, large.bytes
+                );
+            }
         }
     }
 
     #[test]
-    fn a_larger_cache_type_never_costs_less(settings in settings(), model in 0_usize..4) {
+    fn a_larger_cache_type_never_costs_less(settings in settings(), model in 0_usize..4, device in any::<bool>()) {
         let with = |kind| {
             let s = Settings { cache_type_k: kind, cache_type_v: kind, ..settings.clone() };
-            estimate(&models()[model], &s, &Devices::none()).map(|e| e.bytes.kv_bytes)
+            let devices = if device { one_device() } else { Devices::none() };
+            estimate(&models()[model], &s, &devices).map(|e| e.bytes.total_bytes)
         };
         if let (Ok(small), Ok(middle), Ok(large)) =
             (with(TensorType::Q4_0), with(TensorType::Q8_0), with(TensorType::F16))
         {
-            prop_assert!(small <= middle && middle <= large);
+            prop_assert!(small <= middle && middle <= large, "{small} {middle} {large}");
         }
     }
 
