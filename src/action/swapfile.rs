@@ -22,6 +22,8 @@ use crate::os::{no_copy_on_write, swap_off, swap_on};
 
 /// Sizes are multiples of this.
 const UNIT: Bytes = Bytes::mib(1);
+/// The largest page that a kernel has.
+const HEADER: Bytes = Bytes(64 << 10);
 /// Smaller ones are no use: the kernel has room for about 29 areas in all.
 const SMALLEST: Bytes = Bytes::mib(16);
 
@@ -268,7 +270,8 @@ pub fn rooms(directories: &[PathBuf], max_size: Bytes, free_space: Bytes) -> Vec
 /// # Errors
 /// They don't have the room together.
 pub fn layout(size: Bytes, rooms: &[(PathBuf, Bytes)]) -> Result<Vec<(PathBuf, Bytes)>, SwapfileError> {
-    let size = Bytes(size.max(SMALLEST).0.div_ceil(UNIT.0).saturating_mul(UNIT.0));
+    // The header takes a page, of whatever size.
+    let size = Bytes((size + HEADER).max(SMALLEST).0.div_ceil(UNIT.0).saturating_mul(UNIT.0));
     let mut left = size;
     let mut files = Vec::new();
     for (directory, room) in rooms.iter().filter(|(_, room)| *room >= SMALLEST) {
@@ -337,10 +340,10 @@ mod tests {
             files.into_iter().map(|(p, size)| (p.display().to_string(), size.0 >> 20)).collect::<Vec<_>>()
         };
         assert_eq!(files(Bytes(1)), [("/a".to_owned(), 16)]);
-        assert_eq!(files(Bytes::mib(100)), [("/a".to_owned(), 100)]);
+        assert_eq!(files(Bytes::mib(99)), [("/a".to_owned(), 100)]);
         // What is left over is smaller than a swapfile may be.
-        assert_eq!(files(Bytes::mib(101)), [("/a".to_owned(), 100), ("/c".to_owned(), 16)]);
-        let error = layout(Bytes::mib(1101), &rooms).unwrap_err().to_string();
+        assert_eq!(files(Bytes::mib(100)), [("/a".to_owned(), 100), ("/c".to_owned(), 16)]);
+        let error = layout(Bytes::mib(1100), &rooms).unwrap_err().to_string();
         assert!(error.starts_with("a swapfile of 1.1 GiB does not fit"), "{error}");
         assert!(layout(Bytes::mib(1), &[]).unwrap_err().to_string().contains("no directory"));
     }

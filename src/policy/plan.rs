@@ -375,15 +375,16 @@ impl Scene<'_> {
     /// whatever they hold would be read from swap again and again.
     fn swap(&self, gone: &[usize]) -> Option<Plan> {
         let (most, machine) = (self.request.swap?, self.situation.machine);
-        let promised = |n: &usize| self.reservation(*n).map(|r| swapfile_bytes(r.predicted.swapped));
-        let others: Bytes =
-            (0..self.names.len()).filter(|n| !gone.contains(n)).filter_map(|n| promised(&n)).sum();
+        let staying = (0..self.names.len()).filter(|n| !gone.contains(n));
+        let others: Bytes = staying.filter_map(|n| self.reservation(n)).map(|r| r.predicted.swapped).sum();
         let short_of = |rung: &Rung| {
             let charge = self.charge(rung, gone);
             let short = (charge.memory - self.room.memory).max(charge.slice - self.room.slice);
             // Compressed swap is filled first, and holds what it holds in memory.
             let swapped = short + if short.is_zero() { short } else { machine.swap_in_memory() };
-            let missing = (others + swapfile_bytes(swapped)) - machine.swap_of_plans();
+            let (needed, there) = (others + swapped, machine.swap_of_plans());
+            // The margin is for making one: what is there serves as long as it is enough.
+            let missing = if needed <= there { Bytes::ZERO } else { swapfile_bytes(needed) - there };
             let kept = Rung { footprint: rung.footprint.swapping(swapped), ..rung.clone() };
             let fits = self.charge(&kept, gone).within(&self.room);
             (fits && swapped <= most && missing <= machine.swap_room).then_some((swapped, missing))

@@ -4,7 +4,7 @@ use super::scenario::Scenario;
 use super::world::{Emitted, World};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Charges, Phase, UnitState, capacity, swapfile_bytes};
+use crate::ledger::{Charges, Phase, UnitState, capacity};
 use crate::policy::{Action, Core, Decision, Event, Saved};
 
 /// The decisions on a simulated machine; time passes as fast as it can be computed.
@@ -132,7 +132,7 @@ impl Simulation {
             .holders()
             .values()
             .filter(|r| r.phase != Phase::Preparing)
-            .map(|r| swapfile_bytes(r.predicted.swapped))
+            .map(|r| r.predicted.swapped)
             .sum();
         if needed > machine.swap_of_plans() {
             self.breaches.push(format!(

@@ -5,8 +5,8 @@ use crate::models;
 use crate::scenarios::{self, Scenario};
 use crate::vm::{Guest, ImageOptions, Machine, MachineOptions, image::Image};
 use crate::{deb, host};
-use anyhow::{Context, Result};
-use std::path::Path;
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
@@ -66,7 +66,11 @@ pub fn test(options: &TestOptions) -> Result<u8> {
         |name: &str| options.only.is_empty() || options.only.iter().any(|pattern| name.contains(pattern));
     let scenarios: Vec<&Scenario> = scenarios::ALL.iter().filter(|scenario| wanted(scenario.name)).collect();
     let mut disks = None;
+    let mut package = None;
     if !options.no_vm && !scenarios.is_empty() {
+        // Linking the release takes one processor for minutes: meanwhile the rest goes on.
+        let profile = options.profile.clone();
+        package = Some(std::thread::spawn(move || deb::build(&profile, "")));
         // First what may ask for sudo or miss the network.
         report.check("image and models", || {
             disks = Some((Image::ensure(&options.image)?, models::ensure_disk()?));
@@ -84,8 +88,9 @@ pub fn test(options: &TestOptions) -> Result<u8> {
     if wanted("unit") {
         unit_tests(&mut report);
     }
-    if let Some((image, disk)) = disks {
-        in_the_machine(options, &image, &disk, &scenarios, &mut report);
+    if let (Some((image, disk)), Some(package)) = (disks, package) {
+        let built = || package.join().unwrap_or_else(|_| bail!("building the package panicked"));
+        in_the_machine(options, built, (&image, &disk), &scenarios, &mut report);
     }
     for name in &report.failed {
         println!("failed: {name}");
@@ -97,14 +102,14 @@ pub fn test(options: &TestOptions) -> Result<u8> {
 /// Boots once and runs the scenarios one after the other, each from a clean state.
 fn in_the_machine(
     options: &TestOptions,
-    image: &Image,
-    disk: &Path,
+    package: impl FnOnce() -> Result<PathBuf>,
+    (image, disk): (&Image, &Path),
     scenarios: &[&Scenario],
     report: &mut Report,
 ) {
     let mut lab = None;
     report.check("package and virtual machine", || {
-        let package = deb::build(&options.profile, "")?;
+        let package = package()?;
         let guest = Guest::connect(Machine::start(image, disk, &options.machine)?)?;
         lab = Some(Lab::new(guest, package, &options.profile)?);
         Ok(())

@@ -41,7 +41,7 @@ impl Core {
     /// The models that need a swapfile to stay, if any do: without it what is promised to them is not there.
     #[must_use]
     pub fn need_swapfile(&self, name: SwapName, machine: &Machine) -> Vec<Instance> {
-        let needed: Bytes = self.holders.values().map(|r| swapfile_bytes(r.predicted.swapped)).sum();
+        let needed: Bytes = self.holders.values().map(|r| r.predicted.swapped).sum();
         let of_plan =
             |area: &&SwapArea| area.active && area.own() == Some(name) && name.owner == SwapOwner::Plan;
         let size = machine.swaps.iter().find(of_plan).map_or(Bytes::ZERO, |area| area.size);
@@ -54,14 +54,15 @@ impl Core {
 
     /// A swapfile to remove.
     fn unneeded(&self, machine: &Machine) -> Option<SwapName> {
-        let needed: Bytes = self.holders.values().map(|r| swapfile_bytes(r.predicted.swapped)).sum();
+        let needed: Bytes = self.holders.values().map(|r| r.predicted.swapped).sum();
         let mut charges = Charges::default();
         for reservation in self.holders.values() {
             charges.add(reservation.held());
         }
         let charged = charges.per_pool(machine, &[], None).memory;
         let free = capacity(machine, self.rules.reserve, &self.holders).memory - charged;
-        let spare = machine.swap_of_plans() - needed;
+        // Once made, the margin stays with it.
+        let spare = machine.swap_of_plans() - swapfile_bytes(needed);
         let may_go = |area: &&SwapArea| match area.own() {
             // A model may have it made just now: its reservation says so before the file is there.
             Some(_) if !area.active => needed <= machine.swap_of_plans(),
