@@ -464,3 +464,20 @@ fn measured_peaks_outlive_a_reboot_and_hold_for_their_context_alone() {
     assert_eq!(planned(8192).basis.measured_bytes, Bytes::gib(10));
     assert!(planned(4096).basis.measured_bytes.is_zero(), "other settings");
 }
+
+#[test]
+fn a_refusal_says_that_an_earlier_run_took_more() {
+    let mut s = machine(
+        "greedy = { weights = '40GiB', placement = 'anonymous', takes-more = '10GiB', priority = 50 }
+         other = { weights = '55GiB', placement = 'anonymous', priority = 60 }",
+    );
+    s.start("greedy").run(60).stop("greedy").run(30).start("other").run(60).start("greedy").run(60);
+    assert_eq!(s.running(), ["other"]);
+    let refusal = refusal(&s);
+    assert_eq!(refusal.basis.measured_bytes, Bytes::gib(10));
+    let line = refusal.to_string();
+    assert!(
+        line.contains("it needs 50.0 GiB of memory (10.0 GiB of it because an earlier run took it)"),
+        "{line}"
+    );
+}

@@ -241,7 +241,7 @@ fn files_settings_and_engine_have_a_key_together() {
     let catalog = root.catalog();
     let key = |catalog: &RealCatalog, wish: &Wish| {
         let rung = catalog.request(wish, &[]).unwrap().ladder.remove(0);
-        rung.basis.key
+        (rung.basis.key, rung.basis.engine)
     };
     let engine = |version: &str| Wish {
         engine: [("version".to_owned(), format!("version: {version} (build 11669, commit Debian)"))].into(),
@@ -250,7 +250,9 @@ fn files_settings_and_engine_have_a_key_together() {
     let first = key(&catalog, &engine("0.7.0"));
     assert_eq!(key(&catalog, &engine("0.7.0")), first);
     assert_eq!(key(&root.catalog(), &engine("0.7.0")), first, "after a restart of the daemon");
+    assert_eq!(key(&catalog, &wish("m")), first, "a plan takes what was said last");
     assert_ne!(key(&catalog, &engine("0.7.1")), first);
+    assert_eq!(key(&root.catalog(), &wish("m")), (first.0.clone(), String::new()), "nobody was asked");
     let smaller = Wish { context: Some(8192), ..engine("0.7.0") };
     assert_ne!(key(&catalog, &smaller), first);
     let text = std::fs::read_to_string(root.0.join("etc/plimsoll/models.d/m.toml")).unwrap();

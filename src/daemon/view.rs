@@ -252,6 +252,7 @@ pub(super) fn planned(request: &Request, planned: Planned, now: u64) -> Decision
             Decision {
                 context: refusal.context,
                 bytes: refusal.needed_bytes,
+                basis: refusal.basis.clone(),
                 refusal: Some(refusal.clone()),
                 ..decision(Kind::Refuse, verdict_of(&refusal), text)
             }

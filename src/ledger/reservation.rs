@@ -27,9 +27,11 @@ pub enum Phase {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Basis {
-    /// The same for the same files, settings and engine, and different for others; empty where they aren't
-    /// known.
+    /// The same for the same files and settings of the same program, and different for others; empty where
+    /// they aren't known.
     pub key: String,
+    /// The program's version as it says it; empty where it was not asked.
+    pub engine: String,
     /// By how much the engine's own fit tool is above the estimate. The figures have it in.
     pub opinion_bytes: Bytes,
     /// By how much an earlier run was measured to take more than that. The figures have it in.

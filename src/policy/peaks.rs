@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::request::{Request, Rung};
 use crate::bytes::Bytes;
-use crate::ledger::Reservation;
+use crate::ledger::{Basis, Reservation};
 
 /// Peaks that are remembered; the one used least lately goes first.
 const REMEMBERED: usize = 64;
@@ -25,8 +25,10 @@ pub struct Peaks {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 struct Peak {
-    /// Of which files, settings and engine.
+    /// Of which files, settings and program.
     key: String,
+    /// The version of that.
+    engine: String,
     /// Host memory that can't be given back, in swap or not.
     private: Bytes,
     /// On each GPU.
@@ -37,17 +39,19 @@ impl Peaks {
     /// Takes in what a model is measured to hold, where that is more than it was promised. A lower
     /// measurement lowers nothing: it may not have been asked for all yet.
     pub fn note(&mut self, reservation: &Reservation) {
-        let (held, promised, key) = (reservation.held(), &reservation.predicted, &reservation.basis.key);
+        let (held, promised) = (reservation.held(), &reservation.predicted);
+        let Basis { key, engine, .. } = &reservation.basis;
         let of = |list: &[Bytes], n: usize| list.get(n).copied().unwrap_or_default();
         let more_on_gpu = (0..held.gpus.len()).any(|n| of(&held.gpus, n) > of(&promised.gpus, n));
         if key.is_empty() || (held.private <= promised.private && !more_on_gpu) {
             return;
         }
-        let at = self.kept.iter().position(|peak| peak.key == *key).unwrap_or_else(|| {
+        let same = |peak: &Peak| peak.key == *key && peak.engine == *engine;
+        let at = self.kept.iter().position(same).unwrap_or_else(|| {
             if self.kept.len() == REMEMBERED {
                 self.kept.pop_front();
             }
-            self.kept.push_back(Peak { key: key.clone(), ..Peak::default() });
+            self.kept.push_back(Peak { key: key.clone(), engine: engine.clone(), ..Peak::default() });
             self.kept.len() - 1
         });
         let Some(peak) = self.kept.get_mut(at) else { return };
@@ -62,13 +66,11 @@ impl Peaks {
         }
     }
 
-    /// The rung with the greater of what is predicted and what was measured, class by class.
+    /// The rung with the greater of what is predicted and what was measured, class by class. A plan, for which
+    /// no engine is asked after a restart of the daemon, takes it for the one that ran last.
     #[must_use]
     pub fn raised(&self, mut rung: Rung) -> Rung {
-        let key = &rung.basis.key;
-        let Some(peak) = self.kept.iter().find(|peak| peak.key == *key && !key.is_empty()) else {
-            return rung;
-        };
+        let Some(peak) = self.kept.iter().rfind(|peak| peak.is_of(&rung.basis)) else { return rung };
         let footprint = &mut rung.footprint;
         let before = footprint.total();
         footprint.private = footprint.private.max(peak.private - footprint.swapped);
@@ -90,12 +92,19 @@ impl Peaks {
     }
 
     /// Keeps a peak that is made use of from being the next to go.
-    pub fn used(&mut self, key: &str) {
-        if let Some(at) = self.kept.iter().position(|peak| peak.key == key)
+    pub fn used(&mut self, basis: &Basis) {
+        if let Some(at) = self.kept.iter().rposition(|peak| peak.is_of(basis))
             && let Some(peak) = self.kept.remove(at)
         {
             self.kept.push_back(peak);
         }
+    }
+}
+
+impl Peak {
+    fn is_of(&self, basis: &Basis) -> bool {
+        let engine = basis.engine.is_empty() || self.engine == basis.engine;
+        !basis.key.is_empty() && self.key == basis.key && engine
     }
 }
 
@@ -106,7 +115,7 @@ fn grains(bytes: Bytes) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::{Basis, Footprint, Measured};
+    use crate::ledger::{Footprint, Measured};
 
     fn mib(n: u64) -> Bytes {
         Bytes::mib(n)
@@ -168,11 +177,27 @@ mod tests {
     }
 
     #[test]
+    fn another_version_of_the_engine_begins_anew_and_a_plan_takes_the_last() {
+        let of = |engine: &str| {
+            let mut rung = rung("a");
+            rung.basis.engine = engine.to_owned();
+            rung
+        };
+        let mut peaks = Peaks::default();
+        peaks.note(&runs(&of("0.7.0"), 1200, 0));
+        assert_eq!(peaks.raised(of("0.7.1")), of("0.7.1"));
+        assert_eq!(peaks.raised(of("")).footprint.private, mib(1200));
+        peaks.note(&runs(&of("0.7.1"), 1100, 0));
+        assert_eq!(peaks.raised(of("")).footprint.private, mib(1104));
+        assert_eq!(peaks.raised(of("0.7.0")).footprint.private, mib(1200));
+    }
+
+    #[test]
     fn few_are_kept_and_those_in_use() {
         let mut peaks = Peaks::default();
         peaks.note(&runs(&rung("used"), 1100, 0));
         for n in 0..2 * REMEMBERED {
-            peaks.used("used");
+            peaks.used(&rung("used").basis);
             peaks.note(&runs(&rung(&n.to_string()), 1100, 0));
         }
         assert_eq!(peaks.kept.len(), REMEMBERED);

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::plan::Scene;
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Phase, Pool};
+use crate::ledger::{Basis, Phase, Pool};
 
 /// What kind of refusal it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +51,9 @@ pub struct Refusal {
     pub pool_bytes: Bytes,
     /// What the model needs of it in addition to what is there already (shared weights).
     pub needed_bytes: Bytes,
+    /// What the model's figures rest on.
+    #[serde(skip_serializing_if = "Basis::is_estimate", default)]
+    pub basis: Basis,
     /// What is left of it.
     pub free_bytes: Bytes,
     /// What is kept for the system.
@@ -122,6 +125,7 @@ pub(super) fn refuse(scene: &Scene<'_>, kind: RefusalKind) -> Refusal {
         pool,
         pool_bytes,
         needed_bytes: needed,
+        basis: smallest.basis.clone(),
         free_bytes: room - models,
         reserve_bytes,
         system_bytes: pool_bytes - reserve_bytes - room,
@@ -236,8 +240,8 @@ impl fmt::Display for Refusal {
         };
         write!(
             f,
-            "{name} was refused: at context {} it needs {} of {pool}",
-            self.context, self.needed_bytes
+            "{name} was refused: at context {} it needs {} of {pool}{}",
+            self.context, self.needed_bytes, self.basis
         )?;
         write!(f, ", {} of {} is free", self.free_bytes, self.pool_bytes)?;
         if self.pool == Pool::Slice {

@@ -19,8 +19,10 @@ pub(super) struct Pricing<'a> {
     effective: &'a Effective,
     gpus: &'a [Gpu],
     files: Vec<FileId>,
-    /// Stands for the files as they are, the engine, and what it is given beyond its settings.
+    /// Stands for the files as they are, the program, and what it is given beyond its settings.
     identity: String,
+    /// The program's version, where it is known.
+    version: String,
     /// By how much the engine's own fit tool is above the estimate, at every context.
     pub excess: Excess,
 }
@@ -37,9 +39,11 @@ impl<'a> Pricing<'a> {
     ) -> Self {
         // What llama.cpp's own variables set is in the settings.
         let environment: Vec<_> = environment.filter(|(name, _)| !name.starts_with("LLAMA_ARG_")).collect();
+        let (program, version) = engine;
+        let version = version.map(ToString::to_string).unwrap_or_default();
         let identity =
-            format!("{:?} {engine:?} {:?} {environment:?}", known.identities(), effective.passed_on);
-        Self { facts, effective, gpus, files: known.files(), identity, excess: Excess::default() }
+            format!("{:?} {program:?} {:?} {environment:?}", known.identities(), effective.passed_on);
+        Self { facts, effective, gpus, files: known.files(), identity, version, excess: Excess::default() }
     }
 
     /// The settings to run with at `context`; see [`price::needed`].
@@ -57,10 +61,11 @@ impl<'a> Pricing<'a> {
         let footprint = price::charge(self.facts, estimate, &self.files, settings, self.gpus);
         let mut rung = Rung { context, footprint, ..Rung::default() };
         rung.basis.key = self.key(settings);
+        rung.basis.engine.clone_from(&self.version);
         corrected(rung, &self.excess, &price::touched(self.facts, settings, self.gpus))
     }
 
-    /// The same for the same files, settings and engine.
+    /// The same for the same files, settings and program.
     pub fn key(&self, settings: &Settings) -> String {
         digest(&format!("{} {settings:?}", self.identity))
     }
@@ -68,7 +73,7 @@ impl<'a> Pricing<'a> {
     /// What an opinion on `question` is remembered by: everything but the context, which is the other.
     pub fn asked_about(&self, question: &[String]) -> Option<(String, u64)> {
         let (context, rest) = opinion::context_apart(question)?;
-        Some((digest(&format!("{} {rest:?}", self.identity)), context))
+        Some((digest(&format!("{} {} {rest:?}", self.identity, self.version)), context))
     }
 
     /// The opinion that comes with a wish: about which context it is, and by how much it is above the

@@ -384,7 +384,7 @@ impl Core {
         reservation.phase = Phase::Loading;
         let (context, bytes) = (reservation.context, reservation.predicted.total());
         let basis = reservation.basis.clone();
-        self.peaks.used(&basis.key);
+        self.peaks.used(&basis);
         self.owed.retain(|owed| owed.instance != instance);
         let after = if active.steps.is_empty() { "" } else { " after " };
         let steps: Vec<String> = active.steps.iter().map(ToString::to_string).collect();
@@ -424,7 +424,7 @@ impl Core {
             at_msec: now,
             context: refusal.context,
             bytes: refusal.needed_bytes,
-            basis: Basis::default(),
+            basis: refusal.basis.clone(),
             steps: active.steps,
             refusal: Some(refusal.clone()),
             observed: false,

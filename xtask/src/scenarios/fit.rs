@@ -134,6 +134,52 @@ pub fn second_opinion_is_asked(lab: &mut Lab) -> Result<()> {
     lab.no_oom_kill()
 }
 
+/// An engine that takes more than was predicted is given more the next time, also after a restart of the daemon,
+/// and no more once its settings are others.
+pub fn a_peak_is_remembered(lab: &mut Lab) -> Result<()> {
+    // Beside the real engine, in its unit, a process holds 100 MiB: what tail keeps until somebody reads it.
+    let more = Bytes::mib(100);
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *--port*) head -c {0} /dev/zero | tail -c {0} | sleep 100000 & esac\n\
+         exec /usr/bin/llama-server \"$@\"\n",
+        more.0
+    );
+    lab.guest.ok("mkdir -p /opt/greedy")?;
+    lab.guest.write("/opt/greedy/llama-server", &script)?;
+    lab.guest.ok("chmod 0755 /opt/greedy/llama-server")?;
+    let settings = lab.guest.ok("cat /etc/plimsoll/plimsoll.toml")?;
+    let engine = "[engine.greedy]\npath = \"/opt/greedy/llama-server\"\n";
+    lab.guest.write("/etc/plimsoll/plimsoll.toml", &format!("{settings}\n{engine}"))?;
+    let config = |context| Config::new("small", 8001).context(context).with("engine = \"greedy\"");
+    lab.configure(&[config(2048)])?;
+
+    lab.serve("small", 8001)?;
+    let first = lab.model("small")?;
+    ensure!(first.basis.measured_bytes.is_zero(), "{:?}", first.basis);
+    lab.guest.wait_for("it is measured to take more", PATIENCE, |_| {
+        let model = lab.model("small")?;
+        Ok((model.measured.private_bytes > model.predicted.private_bytes).then_some(()))
+    })?;
+    lab.guest
+        .ok_within("systemctl stop llm@small.service && systemctl restart plimsolld.service", PATIENCE)?;
+    let planned = lab.plan("small")?;
+    let remembered = planned.basis.measured_bytes;
+    ensure!(!remembered.is_zero() && remembered <= more + Bytes::mib(16), "{planned:?}");
+    ensure!(planned.text.contains("because an earlier run took it"), "{}", planned.text);
+    lab.serve("small", 8001)?;
+    let second = lab.model("small")?;
+    ensure!(second.basis.measured_bytes == remembered, "{:?}, planned {remembered}", second.basis);
+    ensure!(second.predicted.private_bytes == first.predicted.private_bytes + remembered, "{second:?}");
+    lab.guest.ok_within("systemctl stop llm@small.service", PATIENCE)?;
+
+    lab.configure(&[config(1024)])?;
+    let other = lab.plan("small")?;
+    ensure!(other.basis.measured_bytes.is_zero(), "{other:?}");
+    lab.guest.write("/etc/plimsoll/plimsoll.toml", &settings)?;
+    lab.configure(&[])?;
+    lab.no_oom_kill()
+}
+
 /// Somebody without rights is told how the guest is: nothing needs fixing, and nobody disagrees.
 pub fn doctor_finds_nothing_to_fix(lab: &mut Lab) -> Result<()> {
     lab.configure(&[Config::new("small", 8001).context(2048)])?;

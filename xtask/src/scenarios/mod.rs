@@ -43,6 +43,7 @@ scenarios![
     broken::hostile_headers,
     fit::predictions_hold,
     fit::second_opinion_is_asked,
+    fit::a_peak_is_remembered,
     fit::doctor_finds_nothing_to_fix,
     sharing::mapped_weights_are_charged_once,
     sharing::unmapped_weights_are_charged_twice,
