@@ -1,5 +1,6 @@
 //! `plimsoll fit`: what a model takes at each context length, and whether it fits.
 
+mod advice;
 mod beside;
 mod check;
 mod machine;
@@ -58,9 +59,14 @@ pub(super) fn fit(args: &Fit) -> Result<(), Failure> {
         let contexts = contexts(&args.contexts, &subject, pricer.facts.context_train);
         contexts.into_iter().map(|context| pricer.price(context)).collect::<Result<_, _>>()?
     };
+    let advice = match lines.first() {
+        Some(largest) if args.max_context => advice::beyond(&pricer, largest)?,
+        _ => advice::find(&pricer, &lines)?,
+    };
     let checked = args.check.then(|| check::check(&subject, &pricer, &lines));
     if args.json {
         let mut answer = report::json(&subject, &target, &lines);
+        answer["advice"] = advice::json(&advice);
         if let Some(checked) = &checked {
             answer["check"] = check::json(checked);
         }
@@ -68,6 +74,7 @@ pub(super) fn fit(args: &Fit) -> Result<(), Failure> {
     }
     let painter = Painter::stdout();
     let mut text = report::text(&subject, &target, &lines, args.max_context, painter);
+    text.push_str(&advice::text(&advice));
     if let Some(checked) = &checked {
         text.push('\n');
         text.push_str(&check::text(checked, painter));
@@ -176,31 +183,52 @@ impl<'a> Pricer<'a> {
     /// The largest context, in steps of 256 tokens and at most what the model was trained on, that
     /// fits without swap and without streaming.
     fn largest(&self) -> Result<Line, Failure> {
-        let fits = |line: &Line| matches!(line.judgement.verdict, Verdict::Fits | Verdict::FitsAfter);
-        let top = (self.facts.context_train / STEP).max(1);
-        let whole = self.price(top * STEP)?;
-        if fits(&whole) {
-            return Ok(whole);
+        if let Some(line) = self.largest_of(&self.subject.settings)? {
+            return Ok(line);
         }
-        let mut best = self.price(STEP)?;
+        let smallest = self.price(STEP)?;
+        let why = report::why(&smallest);
+        let failure =
+            Failure::new(Exit::Refused, format!("{} does not fit at any context: {why}", self.subject.name));
+        let changes = advice::at_all(self, &smallest)?;
+        let ways: Vec<String> = changes
+            .iter()
+            .map(|change| format!("'-- {}' {} tokens fit", change.arguments, change.line.estimate.context))
+            .collect();
+        Err(if ways.is_empty() {
+            failure.hint("a smaller quantisation takes less; without --max-context all numbers are shown")
+        } else {
+            failure.hint(format!("with {}", ways.join(", with ")))
+        })
+    }
+
+    /// The same with other settings; none where not even the smallest context fits.
+    fn largest_of(&self, settings: &Settings) -> Result<Option<Line>, Failure> {
+        let price = |context| self.price_settings(&Settings { context, ..settings.clone() });
+        let top = (self.facts.context_train / STEP).max(1);
+        let whole = price(top * STEP)?;
+        if fits(&whole) {
+            return Ok(Some(whole));
+        }
+        let mut best = price(STEP)?;
         if !fits(&best) {
-            let why = report::why(&best);
-            return Err(Failure::new(
-                Exit::Refused,
-                format!("{} does not fit at any context: {why}", self.subject.name),
-            )
-            .hint("smaller quantisations, or cache types q8_0, take less; without --max-context all numbers are shown"));
+            return Ok(None);
         }
         let (mut low, mut high) = (1, top);
         while high - low > 1 {
             let middle = low + (high - low) / 2;
-            let line = self.price(middle * STEP)?;
+            let line = price(middle * STEP)?;
             if fits(&line) {
                 (low, best) = (middle, line);
             } else {
                 high = middle;
             }
         }
-        Ok(best)
+        Ok(Some(best))
     }
+}
+
+/// Whether it fits without swap and without streaming.
+fn fits(line: &Line) -> bool {
+    matches!(line.judgement.verdict, Verdict::Fits | Verdict::FitsAfter)
 }

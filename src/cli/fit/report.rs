@@ -266,7 +266,12 @@ fn footnotes(subject: &Subject, target: &Target, lines: &[Line]) -> String {
     }
     let of = |verdict: Verdict| lines.iter().filter(move |line| line.judgement.verdict == verdict);
     if of(Verdict::FitsAfter).next().is_some() {
-        say("fits-after: once models that run are stopped.".to_owned());
+        let which = if subject.configured {
+            format!("; 'plimsoll plan {}' says which", subject.name)
+        } else {
+            String::new()
+        };
+        say(format!("fits-after: once models that run are stopped{which}."));
     }
     if of(Verdict::FitsWithSwap).next().is_some() {
         say("fits-with-swap: with so much of it in swap.".to_owned());
