@@ -1,5 +1,7 @@
 //! The corpus of the fuzz targets, run as tests: seeds, and inputs that once were findings.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // a test: what is wrong has to stop it
+
 #[path = "fuzzing/targets.rs"]
 mod targets;
 

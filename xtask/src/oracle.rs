@@ -5,6 +5,7 @@ mod compare;
 #[path = "../../tests/oracle/fixture.rs"]
 #[allow(dead_code)] // its own directory and a part of the columns are for the tests
 mod fixture;
+mod live;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,16 +15,29 @@ pub use compare::devices;
 use plimsoll::fit::Facts;
 
 use crate::host;
+use crate::vm::{ImageOptions, MachineOptions};
 
 /// What to compare.
 #[derive(Debug, Clone, clap::Args)]
 pub struct OracleOptions {
-    /// Print every cell that is not exact, not only those that are under
+    /// Print every cell that is not exact, not only those that are under; with --live, ask about every cell
     #[arg(long)]
     pub every: bool,
     /// Descriptions of models and a cells.tsv [default: tests/fixtures/oracle]
     #[arg(long, value_name = "DIR")]
     pub directory: Option<PathBuf>,
+    /// Ask llama-fit-params itself: this machine's, or in the virtual machine the distribution's
+    #[arg(long)]
+    pub live: bool,
+    /// With --live: the tool to ask
+    #[arg(long, value_name = "FILE", requires = "live")]
+    pub tool: Option<PathBuf>,
+    /// How to boot
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    /// What to boot
+    #[command(flatten)]
+    pub image: ImageOptions,
 }
 
 /// The directory of the committed measurements.
@@ -41,6 +55,9 @@ pub fn measured(directory: &Path) -> Result<(BTreeMap<String, Facts>, Vec<fixtur
 /// Prints the report; the code is 1 where weights, cache, state or output are not exact, or the engine took
 /// settings that are refused here.
 pub fn oracle(options: &OracleOptions) -> Result<u8> {
+    if options.live {
+        return live::live(options);
+    }
     let (models, cells) = measured(&options.directory.clone().unwrap_or_else(committed))?;
     let rows = compare::rows(&models, &cells);
     compare::print(&models, &rows, options.every);
