@@ -33,6 +33,8 @@ const LONGEST: u64 = 64 << 10;
 /// The files in the unit's cache directory.
 const FILE: &str = "engine.json";
 const OPINIONS: &str = "opinions.json";
+/// What the tool may print beside its log; bytes.
+const MOST_SAID: usize = 16 << 10;
 /// Opinions that are kept there: one model with a few settings each.
 const MOST_OPINIONS: usize = 8;
 /// What the tool may take for itself while it is asked. It reads headers and touches 50 to 250 MiB, but sets
@@ -104,6 +106,10 @@ pub fn opinion(
             said.errors.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("it says nothing");
         let last: String = last.chars().filter(|c| !c.is_control()).take(200).collect();
         return Err(format!("{TOOL} failed: {last}"));
+    }
+    // Its table is a line for each device; the rest would only fill the cache and the message.
+    if said.output.len() > MOST_SAID {
+        return Err(format!("{TOOL} has printed far more than a table"));
     }
     if let (Some(file), Some(key)) = (file, key) {
         let question = question.to_vec();
@@ -301,6 +307,8 @@ mod tests {
         assert_eq!(asked(), "llama-fit-params failed: error: no such flag");
         asked();
         assert_eq!(times_asked(&directory), 2);
+        fs::write(&program, "#!/bin/sh\nyes | head -c 20000\n").unwrap();
+        assert!(asked().contains("far more than a table"), "{}", asked());
         fs::remove_file(&program).unwrap();
         assert!(asked().contains("can't be run"));
         fs::remove_dir_all(directory).unwrap();
