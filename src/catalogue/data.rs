@@ -51,6 +51,8 @@ pub struct Entry {
     pub note: Option<String>,
     /// Where the hyperparameters come from.
     pub source: String,
+    /// How many parameters it has, as published with it: all digits, or rounded as in `31.6B`.
+    pub parameters: Option<String>,
     /// The output is the embedding.
     #[serde(default)]
     pub tied: bool,

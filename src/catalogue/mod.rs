@@ -161,6 +161,7 @@ impl Choice {
             true => "assumed: from the catalogue, not from a file".to_owned(),
         }];
         notes.push(format!("hyperparameters: {}", self.entry.source));
+        notes.extend(self.entry.parameters.as_ref().map(|count| format!("published parameters: {count}")));
         notes.push(format!("types and size: {}", self.file.source()));
         notes.extend(self.entry.note.clone());
         notes.extend(self.file.note.clone());

@@ -19,6 +19,32 @@ fn every_entry_is_a_model_of_its_published_size() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// Hyperparameters that are wrong give another number of parameters: the count was published apart from them.
+#[test]
+fn every_entry_has_as_many_parameters_as_published() {
+    let mut without = Vec::new();
+    for entry in entries().unwrap().iter().filter(|entry| entry.status == Status::Published) {
+        let (Some(text), Some(file)) = (&entry.parameters, entry.files.first()) else {
+            without.push(entry.name.as_str());
+            continue;
+        };
+        let ours = Choice { entry, file }.model().unwrap().parameters();
+        let (published, allowed) = match text.strip_suffix('B') {
+            // Half of the last digit.
+            Some(billions) => {
+                let digits = billions.split_once('.').map_or(0, |(_, part)| part.len());
+                let unit = 1_000_000_000 / 10_u64.pow(u32::try_from(digits).unwrap());
+                (billions.replace('.', "").parse::<u64>().unwrap() * unit, unit / 2)
+            }
+            // Tables of rotary frequencies are in the files and no parameters.
+            None => (text.parse().unwrap(), 128),
+        };
+        assert!(ours.abs_diff(published) <= allowed, "{}: {ours}, published {text}", entry.name);
+    }
+    // The one is made of another model's layers and nobody counts it without its encoder; the other has no file.
+    assert_eq!(without, ["apriel-1.5-15b-thinker", "phi-3-small"]);
+}
+
 #[test]
 fn names_are_unique_and_found() {
     let mut seen = std::collections::BTreeSet::new();
