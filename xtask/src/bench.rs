@@ -2,6 +2,7 @@
 
 mod bus;
 mod fit;
+mod peers;
 
 use crate::lab::{Config, Lab};
 use crate::models::{self, deepseek};
@@ -16,7 +17,7 @@ use plimsoll::ledger::{
 use plimsoll::policy::plan::Situation;
 use plimsoll::policy::{Planned, Request, Rules, Rung, plan};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -50,12 +51,12 @@ pub fn bench(options: &BenchOptions) -> Result<()> {
         return host::run(command.args(std::env::args_os().skip(1)));
     }
     let programs = install::build("release")?;
-    large_header(&programs)?;
+    let header = large_header(&programs)?;
     fit::estimates()?;
     planner(1000)?;
     bus::plans(&programs)?;
     if !options.no_vm {
-        in_the_machine(options)?;
+        in_the_machine(options, &header)?;
     }
     Ok(())
 }
@@ -72,7 +73,7 @@ fn median(times: usize, mut run: impl FnMut() -> Result<()>) -> Result<Duration>
     Ok(all[times / 2])
 }
 
-fn large_header(programs: &Path) -> Result<()> {
+fn large_header(programs: &Path) -> Result<PathBuf> {
     let directory = host::source_root().join("target/bench");
     std::fs::create_dir_all(&directory)?;
     let first = deepseek::write(&directory)?;
@@ -90,7 +91,8 @@ fn large_header(programs: &Path) -> Result<()> {
         Ok(())
     })?;
     println!("plimsoll fit, four shards of together {} GB: {:.1} ms", bytes / 1_000_000_000, millis(took));
-    Ok(())
+    peers::python(&first, millis(took))?;
+    Ok(first)
 }
 
 fn millis(time: Duration) -> f64 {
@@ -162,7 +164,7 @@ fn planner(count: u64) -> Result<()> {
     Ok(())
 }
 
-fn in_the_machine(options: &BenchOptions) -> Result<()> {
+fn in_the_machine(options: &BenchOptions, header: &Path) -> Result<()> {
     let package = deb::build("release", "")?;
     let image = Image::ensure(&options.image)?;
     let disk = models::ensure_disk()?;
@@ -171,7 +173,8 @@ fn in_the_machine(options: &BenchOptions) -> Result<()> {
     lab.configure(&[Config::new("small", 8001)])?;
     lab.serve("small", 8001)?;
     idle(&lab)?;
-    bus::admissions(&lab)
+    bus::admissions(&lab)?;
+    peers::in_the_guest(&lab, header)
 }
 
 /// Memory and wake-ups of the daemon while one model is loaded and nobody asks for anything.
