@@ -481,3 +481,18 @@ fn a_refusal_says_that_an_earlier_run_took_more() {
         "{line}"
     );
 }
+
+#[test]
+fn a_swapfile_that_fails_ends_in_a_refusal_and_who_went_for_it_comes_back() {
+    let mut s = simulation(&format!(
+        "[machine]\nmemory = '104GiB'\nsystem = '4GiB'\nreserve = '0B'\nswap-room = '200GiB'\nswap-broken = true\n\
+         [models]\nsmall = {{ weights = '30GiB', placement = 'anonymous' }}\n{MONSTER}\n"
+    ));
+    s.start("small").run(60);
+    s.start("monster").run(300);
+    assert_eq!(s.running(), ["small"], "it was stopped before the failure, and is back");
+    let refusal = refusal(&s);
+    assert_eq!(refusal.no_swap.as_deref(), Some("the kernel does not take it as swap"));
+    assert!(refusal.to_string().contains("swap can't help: the kernel does not take it as swap"));
+    sound(&s);
+}

@@ -43,6 +43,9 @@ pub struct SimMachine {
     /// What swapfiles may take of its disks.
     #[serde(default)]
     pub swap_room: Bytes,
+    /// Its kernel takes no swapfile.
+    #[serde(default)]
+    pub swap_broken: bool,
     /// `enforce` or `observe`.
     #[serde(default)]
     pub mode: Mode,

@@ -257,6 +257,9 @@ impl World {
         if size > self.swap_room() {
             return Outcome::Failed(format!("a swapfile of {size} does not fit on the disk"));
         }
+        if self.scenario.machine.swap_broken {
+            return Outcome::Failed("the kernel does not take it as swap".to_owned());
+        }
         self.sequence += 1;
         let path = SwapName { owner, id: self.sequence }.file_name().into();
         self.swaps.push(SwapArea { path, size, used: Bytes::ZERO, priority: -2, active: true });

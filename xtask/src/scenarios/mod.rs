@@ -55,6 +55,7 @@ scenarios![
     lifecycle::other_engines_and_observing,
     swap::made_by_hand,
     swap::one_larger_than_memory_swaps,
+    swap::a_disk_that_takes_none,
     access::group_members_may_load,
     access::engine_is_unprivileged,
     access::secrets_stay_secret,

@@ -67,6 +67,44 @@ pub fn made_by_hand(lab: &mut Lab) -> Result<()> {
     none_left(lab)
 }
 
+/// A file system that takes no swapfile: one sentence, nothing left, and who was stopped in the hope of it comes back.
+pub fn a_disk_that_takes_none(lab: &mut Lab) -> Result<()> {
+    const SETTINGS: &str = "/etc/plimsoll/plimsoll.toml";
+    const TMPFS: &str = "/run/plimsoll-no-swap";
+    let before = lab.guest.ok(&format!("cat {SETTINGS}"))?;
+    let settings =
+        format!("reserve = \"256MiB\"\n[swap]\ndirectories = [\"{TMPFS}\"]\nfree-space = \"0B\"\n");
+    lab.guest.ok(&format!("mkdir -m 0700 {TMPFS} && mount -t tmpfs -o size=4G,mode=0700 none {TMPFS}"))?;
+    lab.guest.write(SETTINGS, &settings)?;
+    let shown = none_is_taken(lab, TMPFS);
+    lab.guest.write(SETTINGS, &format!("{before}\n"))?;
+    lab.guest.ok(&format!("systemctl reload plimsolld.service; umount {TMPFS} && rmdir {TMPFS}"))?;
+    shown
+}
+
+fn none_is_taken(lab: &Lab, directory: &str) -> Result<()> {
+    let monster =
+        Config::new("monster", 8002).priority(80).with("oversize = \"swap\"").with("workload = \"batch\"");
+    lab.configure(&[Config::new("rival-a", 8001).priority(40), monster])?;
+    let done = lab.guest.run("plimsoll swap add 32MiB")?;
+    ensure!(
+        done.code == 1 && done.stderr.contains("does not take it as swap"),
+        "{}: {}",
+        done.code,
+        done.all()
+    );
+    lab.serve("rival-a", 8001)?;
+    lab.refused("monster", 75, &["does not take it as swap"])?;
+    lab.guest.wait_until(
+        "who was stopped is back",
+        PATIENCE,
+        "systemctl is-active --quiet llm@rival-a.service",
+    )?;
+    let left = lab.guest.ok(&format!("ls -A {directory}; tail -n +2 /proc/swaps"))?;
+    ensure!(left.is_empty(), "something is left: {left}");
+    lab.no_oom_kill()
+}
+
 /// `oversize = "swap"`: a mixture of experts of 2.6 GiB on a machine of 2, all in memory of its own, answers with
 /// a swapfile that goes with it; who went for it comes back. A daemon that dies meanwhile loses nothing.
 pub fn one_larger_than_memory_swaps(lab: &mut Lab) -> Result<()> {
