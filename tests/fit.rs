@@ -196,6 +196,26 @@ fn mapped_weights_are_told_from_anonymous_ones() {
     assert_eq!(mapped.mapped_by_shard.iter().sum::<u64>(), mapped.mapped_bytes);
 }
 
+#[test]
+fn replaced_metadata_is_bounded_or_unknown() {
+    let coder = &models()[0];
+    let with = |overrides: &str| {
+        let parsed = read(&format!("-c 4096 --override-kv {overrides}"), &[]).unwrap();
+        estimate(coder, &parsed.settings, &Devices::none())
+    };
+    let plain = estimate(coder, &read("-c 4096", &[]).unwrap().settings, &Devices::none()).unwrap();
+    let fewer = with("qwen3moe.expert_used_count=int:4").unwrap();
+    assert_eq!((fewer.bytes.total_bytes, fewer.exact), (plain.bytes.total_bytes, false));
+    assert!(with("tokenizer.ggml.add_bos_token=bool:false").unwrap().exact);
+    for unknown in [
+        "qwen3moe.expert_used_count=int:16",
+        "qwen3moe.block_count=int:4",
+        "qwen3moe.expert_used_count=str:4",
+    ] {
+        assert!(matches!(with(unknown), Err(plimsoll::fit::FitError::Unknown(_))), "{unknown}");
+    }
+}
+
 fn settings() -> impl Strategy<Value = Settings> {
     let types = prop::sample::select(vec![TensorType::F16, TensorType::Q8_0, TensorType::Q4_0]);
     let layers = prop_oneof![Just(GpuLayers::All), (0_u32..60).prop_map(GpuLayers::Count)];

@@ -88,9 +88,7 @@ impl Daemon {
             let fault = match by.first() {
                 _ if !known => {
                     let hint = "'plimsoll swap list' shows those that there are";
-                    Some(Fault::Catalog(CatalogError::NotFound(format!(
-                        "there is no swapfile {name}: {hint}"
-                    ))))
+                    Some(Fault::Failed(format!("there is no swapfile {name}: {hint}")))
                 }
                 Some(instance) => Some(Fault::Busy(format!(
                     "{instance} needs the swapfile {name}: 'plimsoll unload {instance}' first"

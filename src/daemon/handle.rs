@@ -265,7 +265,7 @@ impl Handle {
     /// # Errors
     /// There is none of that name, a model needs it, or what it holds does not fit in memory.
     pub async fn remove_swap(&self, name: &str) -> Result<(), Fault> {
-        let name: SwapName = name.parse().map_err(|why| Fault::Catalog(CatalogError::NotFound(why)))?;
+        let name: SwapName = name.parse().map_err(Fault::Failed)?;
         self.call(|reply| Command::Swap(Effect::RemoveSwap(name), reply)).await?
     }
 

@@ -211,11 +211,36 @@ pub fn estimate(facts: &Facts, settings: &Settings, devices: &Devices) -> Result
                 .to_owned(),
         ));
     }
+    let overridden = overridden(facts, settings)?;
     let mut estimate = alone(facts, settings, devices)?;
+    if let Some(note) = overridden {
+        estimate.exact = false;
+        estimate.notes.push(note);
+    }
     if !facts.beside.is_empty() || settings.control_vector {
         companions::add(&mut estimate, facts, settings, devices)?;
     }
     Ok(estimate)
+}
+
+/// What is to be said where metadata is replaced that memory depends on (`--override-kv`). Facts are those of the
+/// file: fewer experts for a token take no more than those, and all else is not worked out.
+fn overridden(facts: &Facts, settings: &Settings) -> Result<Option<String>, FitError> {
+    let mut note = None;
+    for (key, value) in &settings.metadata_overrides {
+        let own = key.strip_prefix(facts.architecture.as_str()).and_then(|rest| rest.strip_prefix('.'));
+        let Some(own) = own else { continue };
+        let used = facts.layers.iter().map(|layer| layer.experts_used).max().unwrap_or(0);
+        let number = value.strip_prefix("int:").and_then(|number| number.parse::<u64>().ok());
+        if own != "expert_used_count" || number.is_none_or(|number| number > used) {
+            return Err(FitError::Unknown(format!(
+                "--override-kv {key} replaces what memory is worked out from; declare it with the key memory"
+            )));
+        }
+        note =
+            Some(format!("--override-kv {key}: compute buffers are those of the file's own {used} experts"));
+    }
+    Ok(note)
 }
 
 /// What llama-server will allocate for one model by itself.

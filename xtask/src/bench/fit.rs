@@ -51,11 +51,12 @@ fn middle<E: std::error::Error + Send + Sync + 'static>(
 fn print(what: &str, mut all: Vec<(Duration, String)>) -> Result<()> {
     all.sort();
     let (worst, name) = all.last().context("no measurements")?;
-    let median = all[all.len() / 2].0;
+    let (median, most) = (all[all.len() / 2].0, all[all.len() * 9 / 10].0);
     println!(
-        "{what}, {} cases: median {:.1} µs, worst {:.1} µs ({})",
+        "{what}, {} cases: median {:.1} µs, nine in ten at most {:.1} µs, worst {:.1} µs ({})",
         all.len(),
         median.as_secs_f64() * 1e6,
+        most.as_secs_f64() * 1e6,
         worst.as_secs_f64() * 1e6,
         name.trim_end()
     );

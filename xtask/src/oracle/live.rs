@@ -21,7 +21,7 @@ use crate::models;
 use crate::vm::{Guest, Machine, image::Image};
 
 /// Questions about each model, unless all are asked.
-const EACH: usize = 8;
+const EACH: usize = 3;
 /// One answer takes the tool tens of milliseconds, and a second or two under emulation.
 const LIMIT: Duration = Duration::from_secs(60);
 /// Where the models lie in the guest.
@@ -133,8 +133,11 @@ fn ask_in_the_guest(options: &OracleOptions, files: &Path, questions: &[Question
         "dpkg-query -W -f '${{Package}} ${{Version}}' $(dpkg -S $(command -v {TOOL}) | cut -d: -f1)"
     ))?;
     println!("{version} in the virtual machine, {} questions", questions.len());
-    let mut answers = Vec::new();
-    for question in questions {
+    let mut answers: Vec<String> = Vec::new();
+    for (n, question) in questions.iter().enumerate() {
+        if n % 20 == 19 {
+            println!("{} of {} asked", n + 1, questions.len());
+        }
         let words: Vec<String> = question.words.iter().map(|word| format!("'{word}'")).collect();
         let script = format!("timeout {} {TOOL} {} 2>/dev/null", LIMIT.as_secs(), words.join(" "));
         let done = guest.run_within(&script, LIMIT + LIMIT)?;
