@@ -89,7 +89,7 @@ fn admit(lab: &Lab, instance: &str, times: u32) -> Result<String> {
     lab.guest.wait_until("the bus is monitored", PATIENCE, &format!("{ping} && test -s {seen}"))?;
     let unit = format!("llm@{instance}.service");
     lab.guest.ok_within(
-        &format!("for n in $(seq {times}); do systemctl start {unit} && systemctl stop {unit} || exit; done"),
+        &format!("systemctl stop {unit}; for n in $(seq {times}); do systemctl start {unit} && systemctl stop {unit} || exit; done"),
         PATIENCE,
     )?;
     // The monitor writes in order: what it sees now comes behind all that was before.
