@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use plimsoll::fit::args::{ArgError, Origin, Parsed, parse};
 use plimsoll::fit::{
     Budget, Device, DeviceKind, Devices, Facts, FlashAttention, GpuLayers, LoadMode, Override, Settings,
-    estimate, max_context, place,
+    always_touched, estimate, max_context, place,
 };
 use plimsoll::gguf::{Model, TensorType};
 use proptest::prelude::*;
@@ -249,6 +249,23 @@ proptest! {
             prop_assert_eq!(gpu.kv_bytes + host.kv_bytes, e.bytes.kv_bytes);
             prop_assert_eq!(e.devices.iter().map(|d| d.total_bytes).sum::<u64>(), gpu.total_bytes);
             prop_assert_eq!(e.mapped_bytes + e.anonymous_weights_bytes, host.weights_bytes);
+        }
+    }
+
+    #[test]
+    fn what_every_token_touches_is_named_to_the_byte(settings in settings(), model in 0_usize..4, (repack, cpu_moe) in any::<(bool, bool)>()) {
+        let mut settings = Settings { load_mode: LoadMode::Mmap, repack, ..settings };
+        if cpu_moe {
+            settings = settings.with_experts_on_host(60);
+        }
+        let facts = &models()[model];
+        if let Ok(e) = estimate(facts, &settings, &one_device()) {
+            let ranges = always_touched(facts, &settings, &one_device()).unwrap();
+            let sum: u64 = ranges.iter().map(|range| range.bytes).sum();
+            // Neighbours are one range, with the gap between them; those of GGUF are of 31 bytes at most.
+            prop_assert!(sum >= e.mapped_always_bytes && sum < e.mapped_always_bytes + 64 * 4096, "{} {}", sum, e.mapped_always_bytes);
+            prop_assert!(ranges.windows(2).all(|w| (w[0].file, w[0].end()) < (w[1].file, w[1].offset)), "in order, apart");
+            prop_assert!(ranges.iter().all(|range| range.file < facts.shards && range.offset > 0));
         }
     }
 

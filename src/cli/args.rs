@@ -95,6 +95,8 @@ pub enum Verb {
     Doctor(Doctor),
     Validate(Validate),
     Run(Run),
+    #[command(hide = true)]
+    Hold(Hold),
     WaitReady(WaitReady),
     Catalogue(Catalogue),
     Completions(Completions),
@@ -367,6 +369,14 @@ pub struct Run {
     pub instance: String,
     #[command(flatten)]
     pub root: Root,
+}
+
+/// Keep parts of a model's files in memory (a helper of 'plimsoll run', which starts it)
+#[derive(Args, Debug)]
+pub struct Hold {
+    /// The process that has started it, and with which it ends
+    #[arg(value_name = "PID")]
+    pub parent: i32,
 }
 
 /// Wait until the model answers (what llm@.service runs after its start)

@@ -13,6 +13,7 @@ mod files;
 mod fit;
 mod gate;
 mod generator;
+mod hold;
 mod inquiry;
 mod load;
 mod opinion;
@@ -100,6 +101,7 @@ fn dispatch(cli: Cli) -> Result<Exit, Failure> {
         Verb::Validate(args) => return validate::validate(&args),
         Verb::WaitReady(args) => return wait_ready::wait_ready(&args),
         Verb::Run(args) => return run::run(common, &args),
+        Verb::Hold(args) => return hold::hold(&args),
         Verb::Fit(args) => fit::fit(&args),
         Verb::Catalogue(args) => catalogue::catalogue(&args),
         Verb::Completions(args) => completions::print(args.shell),

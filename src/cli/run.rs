@@ -18,12 +18,11 @@ use super::args::{Common, Run};
 use super::failure::{Exit, Failure};
 use super::files::{open_all, user_name};
 use super::gate::{self, Patience, Question};
-use super::{inquiry, opinion, output};
+use super::{hold, inquiry, opinion, output};
 use crate::action::notify::Notifier;
 use crate::config::{self, Instance, Model};
-use crate::dbus::proxy::Admitted;
 use crate::dbus::{BUS_ADDRESS_VARIABLE, CallError};
-use crate::engine::{self, Purpose};
+use crate::engine::{self, Purpose, kept};
 
 pub(super) fn run(common: &Common, args: &Run) -> Result<Exit, Failure> {
     let notify = Notifier::from_environment();
@@ -32,23 +31,50 @@ pub(super) fn run(common: &Common, args: &Run) -> Result<Exit, Failure> {
         failure
     };
     match gate(common, args, &notify) {
-        Ok((argv, environment)) => match become_engine(&argv, environment) {
-            Err(failure) => Err(failed(failure)),
-            Ok(never) => match never {},
-        },
+        Ok(Passed { argv, environment, shards }) => {
+            match become_engine(&argv, keep(args, &notify, environment, &shards)) {
+                Err(failure) => Err(failed(failure)),
+                Ok(never) => match never {},
+            }
+        }
         Err(failure) => Err(failed(failure)),
     }
 }
 
+/// What passed the gate.
+struct Passed {
+    argv: Vec<String>,
+    environment: HashMap<String, String>,
+    /// The model's own files, in order.
+    shards: Vec<PathBuf>,
+}
+
+/// Has what every token touches kept in memory, where the daemon says that the model streams; returns the rest of the
+/// environment. Without it the model is slower, and runs.
+fn keep(
+    args: &Run,
+    notify: &Notifier,
+    mut environment: HashMap<String, String>,
+    shards: &[PathBuf],
+) -> HashMap<String, String> {
+    let ranges = environment.remove(kept::VARIABLE).map(|value| kept::ranges(&value)).unwrap_or_default();
+    if !ranges.is_empty()
+        && let Err(why) = hold::keep(shards, &ranges, |text| tell(notify, text))
+    {
+        output::eprint(&format!("{}: what every token touches is not kept in memory: {why}", args.instance));
+    }
+    environment
+}
+
 /// Everything up to the daemon's answer.
-fn gate(common: &Common, args: &Run, notify: &Notifier) -> Result<Admitted, Failure> {
+fn gate(common: &Common, args: &Run, notify: &Notifier) -> Result<Passed, Failure> {
     let loaded = config::load(&args.root.root);
     let (instance, model) =
         loaded.instance(&args.instance).map_err(|error| Failure::config(error.to_string()))?;
     called_by_name(&args.instance, &instance)?;
     let environment = relevant(std::env::vars_os());
     let daemon = loaded.settings.clone().unwrap_or_default();
-    let (files, program) = check(&instance, model, &daemon, &environment)?;
+    let Checked { files, shards, program } = check(&instance, model, &daemon, &environment)?;
     let name = instance.to_string();
     let mut engine = BTreeMap::new();
     if model.command.is_none() {
@@ -97,7 +123,7 @@ fn gate(common: &Common, args: &Run, notify: &Notifier) -> Result<Admitted, Fail
     // What sounds like a secret never goes over the bus.
     let secret = model.environment.0.iter().filter(|(name, _)| config::sounds_secret(name));
     environment.extend(secret.map(|(name, value)| (name.clone(), value.clone())));
-    Ok((argv, environment))
+    Ok(Passed { argv, environment, shards })
 }
 
 /// A unit is of the model that it is named after: another one would be a second process of it that
@@ -117,14 +143,23 @@ fn tell(notify: &Notifier, text: &str) {
     let _ = notify.status(text.lines().next().unwrap_or_default());
 }
 
-/// What could never succeed: engine, files, port. Returns the files that the estimate is made of,
-/// and the engine's program.
+/// What a start needs, found to be there.
+struct Checked {
+    /// The files that the estimate is made of.
+    files: Vec<(String, File)>,
+    /// Those of the model itself, in order.
+    shards: Vec<PathBuf>,
+    /// The engine.
+    program: PathBuf,
+}
+
+/// What could never succeed: engine, files, port.
 fn check(
     instance: &Instance,
     model: &Model,
     daemon: &config::Daemon,
     environment: &BTreeMap<String, String>,
-) -> Result<(Vec<(String, File)>, PathBuf), Failure> {
+) -> Result<Checked, Failure> {
     let wrong = |error: engine::Error| Failure::config(error.to_string());
     let effective = match model.command {
         Some(_) => None,
@@ -135,10 +170,12 @@ fn check(
     let program = engine::locate(model, daemon)
         .map_err(|error| Failure::config(format!("{error} (as user {})", user_name())))?;
     check_port(instance, model)?;
+    let of_model = needed.iter().filter(|file| file.purpose == Purpose::Model);
+    let shards = of_model.map(|file| file.path.clone()).collect();
     // Keys are for the engine alone. Paths that are not UTF-8 can't be in the configuration.
     let sent = needed.iter().zip(opened).filter(|(file, _)| file.purpose != Purpose::ApiKeys);
-    let sent = sent.map(|(needed, file)| (needed.path.to_string_lossy().into_owned(), file)).collect();
-    Ok((sent, program))
+    let files = sent.map(|(needed, file)| (needed.path.to_string_lossy().into_owned(), file)).collect();
+    Ok(Checked { files, shards, program })
 }
 
 /// The variables that change what an engine takes.

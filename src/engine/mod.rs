@@ -12,6 +12,7 @@ pub mod devices;
 mod effective;
 mod error;
 mod files;
+pub mod kept;
 mod launch;
 mod locate;
 mod mounts;

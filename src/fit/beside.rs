@@ -225,7 +225,8 @@ fn named(tensor: &Tensor) -> Named {
         None => (Place::Output, Class::Other),
     };
     let name = tensor.name.trim_end_matches(".lora_a").trim_end_matches(".lora_b").to_owned();
-    Named { name, group: Group { place, class, repackable: None, shard: 0, bytes: padded(tensor.bytes) } }
+    let group = Group { place, class, repackable: None, shard: 0, bytes: padded(tensor.bytes) };
+    Named { name, group, offset: tensor.offset }
 }
 
 fn padded(bytes: u64) -> u64 {

@@ -50,11 +50,12 @@ pub struct Group {
     pub bytes: u64,
 }
 
-/// A tensor's name with its place, for patterns.
+/// A tensor's name with its place, for patterns, and where in its file it starts.
 #[derive(Clone, Debug)]
 pub(super) struct Named {
     pub name: String,
     pub group: Group,
+    pub offset: u64,
 }
 
 /// One layer's dimensions.
@@ -297,7 +298,12 @@ impl Facts {
                 let repackable = Some(tensor.kind).filter(|_| tensor.dims[1].is_multiple_of(8));
                 embedding = Some(Group { place: Place::Output, repackable, ..group.clone() });
             }
-            self.named.push(Named { name: name.to_owned(), group });
+            let start = model.shards().get(tensor.shard).map_or(0, |shard| shard.data_offset);
+            self.named.push(Named {
+                name: name.to_owned(),
+                group,
+                offset: start.saturating_add(tensor.offset),
+            });
         }
         self.tensor_count = self.named.len() as u64;
         self.largest = self.named.iter().map(|named| named.group.bytes).max().unwrap_or(0);

@@ -32,6 +32,7 @@ pub use settings::{
     Device, DeviceKind, Devices, Draft, FlashAttention, GpuLayers, LoadMode, Override, Settings, SplitMode,
 };
 pub use throughput::{DISK_SPEEDS, Reading, millitokens_per_second, reading};
+pub use weights::FileRange;
 
 /// The version of llama.cpp whose rules these are.
 pub const ENGINE_VERSION: &str = "0.7.0 (build 11669)";
@@ -221,6 +222,21 @@ pub fn estimate(facts: &Facts, settings: &Settings, devices: &Devices) -> Result
         companions::add(&mut estimate, facts, settings, devices)?;
     }
     Ok(estimate)
+}
+
+/// What every token touches of a model's mapped weights (attention, routers, shared experts, norms, output): where
+/// it lies in the files. Experts come and go, and of the embedding a token reads one row. Empty where nothing is mapped.
+///
+/// # Errors
+/// The settings are such that the engine would refuse them.
+pub fn always_touched(
+    facts: &Facts,
+    settings: &Settings,
+    devices: &Devices,
+) -> Result<Vec<FileRange>, FitError> {
+    let used = devices.used(settings);
+    let assigned = weights::assign(facts, settings, &used);
+    weights::always_touched(facts, settings, &used, &assigned)
 }
 
 /// What is to be said where metadata is replaced that memory depends on (`--override-kv`). Facts are those of the

@@ -183,6 +183,77 @@ pub(super) fn weights(
     Ok(placing.placed)
 }
 
+/// What every token touches of the weights that stay mapped: where it lies in the files, in their order.
+/// Together as many bytes as [`Placed::mapped_always`], but for the gaps between neighbours.
+pub(super) fn always_touched(
+    facts: &Facts,
+    settings: &Settings,
+    used: &[&Device],
+    assigned: &Assigned,
+) -> Result<Vec<FileRange>, FitError> {
+    let rules = rules(settings, used)?;
+    let placing = Placing {
+        repacks: settings.repack && (settings.no_host || !used.iter().any(|d| d.host_buffer)),
+        avx512: true,
+        mapped: is_mapped(settings, used),
+        assigned,
+        placed: Placed::default(),
+    };
+    let tied_on_host =
+        facts.tied.as_ref().filter(|tied| assigned.output.is_none() && !placing.is_repacked(tied));
+    let touched = |named: &&Named| match (named.group.class, named.group.place) {
+        (Class::Experts, _) => false,
+        // A token reads its own row, and an output tied to it all of them.
+        (_, Place::Input) => tied_on_host.is_some() && named.name == "token_embd.weight",
+        (_, Place::EveryBuffer) => assigned.layers.iter().any(Option::is_none),
+        (_, place) => {
+            let ruled = rules.iter().find_map(|rule| rule.applies(&named.group, Some(&named.name)));
+            ruled.unwrap_or_else(|| placing.own(place)) == Buffer::Host && !placing.is_repacked(&named.group)
+        }
+    };
+    if !placing.mapped {
+        return Ok(Vec::new());
+    }
+    let mut ranges: Vec<FileRange> = facts.named.iter().filter(touched).map(FileRange::of).collect();
+    ranges.sort_by_key(|range| (range.file, range.offset));
+    let mut merged: Vec<FileRange> = Vec::new();
+    for range in ranges {
+        match merged.last_mut() {
+            Some(last) if last.file == range.file && range.offset <= last.end().saturating_add(PAGE) => {
+                last.bytes = last.bytes.max(range.end() - last.offset);
+            }
+            _ => merged.push(range),
+        }
+    }
+    Ok(merged)
+}
+
+/// Neighbours that are no further apart share a page, or nearly.
+const PAGE: u64 = 4096;
+
+/// A part of one of a model's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct FileRange {
+    /// Which file, in the order of the shards, from 0.
+    pub file: usize,
+    /// Where it starts; bytes.
+    pub offset: u64,
+    /// How long it is; bytes.
+    pub bytes: u64,
+}
+
+impl FileRange {
+    fn of(named: &Named) -> Self {
+        Self { file: named.group.shard, offset: named.offset, bytes: named.group.bytes }
+    }
+
+    /// Where it ends.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.offset.saturating_add(self.bytes)
+    }
+}
+
 /// Places the tensors of an adapter beside those of its model, whose names they bear: bytes on the
 /// host and on each device. They are never mapped nor repacked (`llama_adapter_lora_init_impl`).
 pub(super) fn adapter(
@@ -218,14 +289,26 @@ struct Placing<'a> {
 }
 
 impl Placing<'_> {
-    fn put(&mut self, group: &Group, ruled: Option<Buffer>) {
-        let own = match group.place {
-            Place::Input => None,
+    /// Where a group is without an override.
+    fn own(&self, place: Place) -> Buffer {
+        let device = match place {
+            Place::Input | Place::EveryBuffer => None,
             Place::Layer(layer) => self.assigned.layers.get(layer as usize).copied().flatten(),
             Place::Output => self.assigned.output,
-            Place::EveryBuffer => return self.everywhere(group),
         };
-        let own = own.map_or(Buffer::Host, Buffer::Device);
+        device.map_or(Buffer::Host, Buffer::Device)
+    }
+
+    /// Whether a group that is on the host is repacked there, and so no part of its file any more.
+    fn is_repacked(&self, group: &Group) -> bool {
+        self.repacks && group.repackable.is_some_and(|t| repacked(t, self.avx512))
+    }
+
+    fn put(&mut self, group: &Group, ruled: Option<Buffer>) {
+        if group.place == Place::EveryBuffer {
+            return self.everywhere(group);
+        }
+        let own = self.own(group.place);
         let buffer = ruled.unwrap_or(own);
         if let (Place::Layer(layer), true) = (group.place, buffer != own) {
             let flags = match group.class {
@@ -242,7 +325,7 @@ impl Placing<'_> {
     fn add(&mut self, group: &Group, buffer: Buffer) {
         match buffer {
             Buffer::Device(i) => self.placed.devices[i] += group.bytes,
-            Buffer::Host if self.repacks && group.repackable.is_some_and(|t| repacked(t, self.avx512)) => {
+            Buffer::Host if self.is_repacked(group) => {
                 self.anonymous(group);
                 self.placed.repacked += group.bytes;
             }
@@ -281,9 +364,7 @@ impl Placing<'_> {
     fn tied(&mut self, group: &Group) {
         match self.assigned.output {
             Some(device) => self.add(group, Buffer::Device(device)),
-            None if self.repacks && group.repackable.is_some_and(|t| repacked(t, self.avx512)) => {
-                self.add(group, Buffer::Host);
-            }
+            None if self.is_repacked(group) => self.add(group, Buffer::Host),
             None if self.mapped => self.placed.mapped_always += group.bytes,
             None => {}
         }

@@ -2,12 +2,14 @@
 //!
 //! What `host` reads and `action` does with them stands there; nothing here knows why it is called.
 
+mod hold;
 mod limit;
 mod memory;
 mod pidfd;
 mod residency;
 mod swap;
 
+pub use hold::hold_range;
 pub use limit::limit_child;
 pub use memory::{lock_memory, release_memory};
 pub use pidfd::{pid_of, pidfd_open, pidfd_send_signal};

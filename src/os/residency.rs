@@ -72,7 +72,8 @@ pub fn resident_bytes(file: &File) -> Result<Bytes, ResidencyError> {
     Ok(Bytes(pages.saturating_mul(page_size()).min(metadata.len())))
 }
 
-fn page_size() -> u64 {
+/// The size of a page; bytes.
+pub(super) fn page_size() -> u64 {
     nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
         .ok()
         .flatten()

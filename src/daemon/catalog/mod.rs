@@ -374,29 +374,29 @@ impl Catalog for RealCatalog {
         } else {
             let (effective, known) = self.opened(model, wish)?;
             let seen = self.seen_by_engine(&subject, wish, gpus)?;
-            let settings = match facts(&known)? {
+            let (settings, kept) = match facts(&known)? {
                 Ok(facts) if rung.context > 0 => {
                     let pricing = seen.pricing(facts, &effective, &known, model, wish);
                     let needed = pricing.needed(rung.context).map_err(config_error)?;
                     let spacious = pricing.spacious(&needed).map_err(config_error)?;
                     // What was admitted is told by its key.
                     let admitted = |(settings, _): &Priced| pricing.key(settings) == rung.basis.key;
-                    spacious.filter(admitted).unwrap_or(needed).0
+                    let (settings, estimate) = spacious.filter(admitted).unwrap_or(needed);
+                    let streams = rung.footprint.mapped_bytes() < Bytes(estimate.mapped_bytes);
+                    let kept = streams.then(|| pricing.always_touched(&settings)).transpose();
+                    (settings, kept.map_err(config_error)?)
                 }
                 // Its size is unknown or declared: the engine gets what is configured, as it is.
-                _ => effective.settings.clone(),
+                _ => (effective.settings.clone(), None),
             };
             let executable = engine::locate(model, &subject.settings).map_err(config_error)?;
             let version = seen.version.as_ref();
-            engine::Launch::llama_server(
-                model,
-                &subject.instance,
-                &executable,
-                &effective,
-                &settings,
-                version,
-            )
-            .map_err(config_error)?
+            let instance = &subject.instance;
+            let mut launch =
+                engine::Launch::llama_server(model, instance, &executable, &effective, &settings, version)
+                    .map_err(config_error)?;
+            launch.environment.extend(kept.as_deref().and_then(engine::kept::variable));
+            launch
         };
         // Those stay off the bus: `plimsoll run` reads them from the configuration itself.
         let environment =

@@ -7,7 +7,7 @@ use super::opinions::{corrected, digest};
 use super::price::{self, Priced};
 use crate::engine::opinion::{self, Excess};
 use crate::engine::{Effective, Version};
-use crate::fit::{self, Beside, Facts, FitError, Settings};
+use crate::fit::{self, Beside, Facts, FileRange, FitError, Settings};
 use crate::ledger::{FileId, Gpu};
 use crate::policy::Rung;
 use crate::ports::Wish;
@@ -54,6 +54,11 @@ impl<'a> Pricing<'a> {
     /// The same with what is nice to have; see [`price::spacious`].
     pub fn spacious(&self, needed: &Priced) -> Result<Option<Priced>, FitError> {
         price::spacious(self.facts, self.effective, needed, self.gpus)
+    }
+
+    /// Which parts of the model's files every token touches; see [`fit::always_touched`].
+    pub fn always_touched(&self, settings: &Settings) -> Result<Vec<FileRange>, FitError> {
+        fit::always_touched(self.facts, settings, &price::devices(self.gpus))
     }
 
     /// What it is charged at `context`.

@@ -111,6 +111,31 @@ pub fn other_engines_and_observing(lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
+/// What every token touches of the model that streams is locked in memory, inside its unit's control group, by a
+/// helper of the unit's user that knows nothing of the bus, and of which the engine knows nothing.
+fn hot_ranges_are_kept(lab: &Lab) -> Result<()> {
+    let (group, main) = (lab.property("monster", "ControlGroup")?, lab.main_pid("monster")?);
+    let seen = lab.guest.ok(&format!(
+        "cd /sys/fs/cgroup{group}; grep -w unevictable memory.stat; \
+         for pid in $(grep -vx {main} cgroup.procs); do \
+           tr '\\0' ' ' < /proc/$pid/cmdline; echo; grep -E 'VmLck|^Uid' /proc/$pid/status; done; \
+         tr '\\0' '\\n' < /proc/{main}/environ | grep PLIMSOLL_KEEP; true"
+    ))?;
+    let number = |word: &str| {
+        let line = seen.lines().find(|line| line.starts_with(word))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    };
+    println!("          kept: {} KiB", number("VmLck:").unwrap_or(0));
+    ensure!(seen.matches("hold").count() == 1 && number("Uid:") != Some(0), "not one helper: {seen}");
+    let locked = number("VmLck:").unwrap_or(0) << 10;
+    ensure!(locked > 8 << 20 && number("unevictable") >= Some(locked * 9 / 10), "not locked: {seen}");
+    ensure!(
+        !seen.contains("PLIMSOLL_KEEP"),
+        "the engine has a variable that is none of its business: {seen}"
+    );
+    Ok(())
+}
+
 /// "Models larger than memory made to run on purpose": a mixture of experts of 2.6 GiB on a machine of 2
 /// answers with part of its weights on disk, within its limit, and who went for it comes back.
 pub fn one_larger_than_memory_streams(lab: &mut Lab) -> Result<()> {
@@ -131,7 +156,10 @@ pub fn one_larger_than_memory_streams(lab: &mut Lab) -> Result<()> {
         Bytes(high) >= resident + private && Bytes(high) <= resident + private + Bytes::mib(300),
         "MemoryHigh={high} for {resident} resident and {private} private"
     );
+    hot_ranges_are_kept(lab)?;
     lab.guest.ok("systemctl stop llm@monster.service")?;
+    let helpers = lab.guest.run("pgrep --full '[p]limsoll hold'")?;
+    ensure!(helpers.code == 1, "a helper is left: {}", helpers.all());
     lab.guest.wait_until(
         "the evicted model is back",
         PATIENCE,
