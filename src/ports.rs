@@ -133,6 +133,8 @@ pub struct Wish {
     pub instead_of: BTreeSet<Instance>,
     /// Admit it whatever the arithmetic says.
     pub force: bool,
+    /// Whoever is stopped for it is owed no return.
+    pub no_restore: bool,
     /// A person asked for it now.
     pub explicit: bool,
 }

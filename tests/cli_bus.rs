@@ -88,6 +88,32 @@ fn models_are_loaded_make_room_and_are_refused() {
 }
 
 #[test]
+fn who_is_stopped_comes_back_unless_told_otherwise() {
+    let Some(machine) = Simulated::start(SCENARIO) else { return };
+    let said = |name: &str| machine.json(&["status", name])["message"].as_str().unwrap().to_owned();
+    for (option, returns) in [("--restore=yes", true), ("--restore=no", false)] {
+        machine.ok(&["load", "mid"]);
+        machine.ok(&["load", "large", option]);
+        assert_eq!(state(&machine, "mid"), "inactive");
+        assert_eq!(said("mid").contains("comes back"), returns, "{option}: {}", said("mid"));
+        machine.ok(&["unload", "large"]);
+        let last = || machine.json(&["explain", "mid"])["kind"].as_str().unwrap().to_owned();
+        if returns {
+            let back = (0..200).any(|_| {
+                std::thread::sleep(std::time::Duration::from_millis(50));
+                state(&machine, "mid") == "running"
+            });
+            assert!(back, "mid is not back: {}", last());
+        } else {
+            // Returns are decided as soon as there is room; another model's whole load is well behind that.
+            machine.ok(&["load", "small"]);
+            assert_eq!((state(&machine, "mid").as_str(), last().as_str()), ("inactive", "evict"));
+        }
+        machine.ok(&["unload", "mid"]);
+    }
+}
+
+#[test]
 fn reading_verbs_print_json() {
     let Some(machine) = Simulated::start(SCENARIO) else { return };
     let status = machine.json(&["status"]);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use zbus::OwnedObjectPath;
 
 use super::agent::Agent;
-use super::args::{Common, Load, Unload};
+use super::args::{Common, Load, Restore, Unload};
 use super::failure::{Exit, Failure};
 use super::output::{self, Progress};
 use crate::dbus::client::{LoadOptions, next};
@@ -20,8 +20,12 @@ const ABSENT: Duration = Duration::from_secs(60);
 
 pub(super) fn load(common: &Common, args: &Load) -> Result<(), Failure> {
     let _agent = Agent::start(common);
-    let options =
-        LoadOptions { context: args.context, instead_of: args.instead_of.clone(), force: args.force };
+    let options = LoadOptions {
+        context: args.context,
+        instead_of: args.instead_of.clone(),
+        force: args.force,
+        no_restore: args.restore == Restore::No,
+    };
     super::block_on(async {
         let client = super::connect(common).await?;
         // Subscribed before the call: a job may end before its path arrives.

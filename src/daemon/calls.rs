@@ -116,6 +116,7 @@ impl Daemon {
             context: options.context,
             instead_of: options.instead_of,
             force: options.force,
+            no_restore: options.no_restore,
             explicit: asker.explicit && !returning,
             ..Wish::default()
         }
@@ -373,6 +374,7 @@ fn unknown(instance: &Instance, invocation: &str, why: Option<&str>) -> Request 
         instead_of: Default::default(),
         stuck: Default::default(),
         force: false,
+        no_restore: false,
         explicit: false,
         unknown: None,
         unit_limit: None,

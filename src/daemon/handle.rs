@@ -101,6 +101,8 @@ pub struct LoadOptions {
     pub instead_of: BTreeSet<Instance>,
     /// Load it whatever the arithmetic says.
     pub force: bool,
+    /// Whoever is stopped for it stays stopped when it ends.
+    pub no_restore: bool,
 }
 
 /// The daemon, for those who call it.
@@ -164,7 +166,7 @@ impl Handle {
         self.call(|reply| Command::Plan(Box::new(request), reply)).await
     }
 
-    /// Checks the names of a load and numbers its job, which [`Handle::begin_load`] begins. Files are
+    /// Checks the names of a load (`instead_of` those of `options`) and numbers its job, which [`Handle::begin_load`] begins. Files are
     /// for the unit to look at: the mounts that they are on may only come with its start.
     ///
     /// # Errors
@@ -172,15 +174,14 @@ impl Handle {
     pub async fn prepare_load(
         &self,
         instance: String,
-        context: Option<u64>,
         instead_of: Vec<String>,
-        force: bool,
+        options: LoadOptions,
     ) -> Result<(Job, LoadOptions), Fault> {
         let check = move |catalog: &dyn Catalog| {
             let instance = catalog.resolve(&instance)?;
             let others: Result<BTreeSet<Instance>, _> =
                 instead_of.iter().map(|other| catalog.resolve(other)).collect();
-            Ok::<_, CatalogError>((instance, LoadOptions { context, instead_of: others?, force }))
+            Ok::<_, CatalogError>((instance, LoadOptions { instead_of: others?, ..options }))
         };
         let (instance, options) = self.read(check).await??;
         let runs = self.machine().units.get(&instance).is_some_and(|unit| unit.state == UnitState::Active);

@@ -89,6 +89,7 @@ impl Catalog for Fake {
             instead_of: wish.instead_of.clone(),
             stuck: Default::default(),
             force: wish.force,
+            no_restore: wish.no_restore,
             explicit: wish.explicit,
             unknown: (gib == 0).then(|| "strange".to_owned()),
             unit_limit: None,
@@ -183,7 +184,9 @@ fn refusals_and_mistakes_come_back_as_what_they_are() {
             .await
             .unwrap_err();
         assert_eq!(unknown, Fault::Catalog(CatalogError::NotFound("no gone".into())));
-        assert!(bench.handle.prepare_load("nothing".into(), None, Vec::new(), false).await.is_err());
+        assert!(
+            bench.handle.prepare_load("nothing".into(), Vec::new(), LoadOptions::default()).await.is_err()
+        );
         let decision = bench.handle.explain("vast".into()).await.unwrap().unwrap();
         assert_eq!(decision.refusal.unwrap().instance, name("vast"));
         assert!(matches!(bench.published.recv().await, Some(Publication::Decision(_))));

@@ -11,6 +11,7 @@ use crate::ledger::{
     self, Basis, Charges, Footprint, Machine, Measured, PerPool, Phase, Pool, Reservation, SwapOwner, Unit,
     UnitState, capacity,
 };
+use crate::policy::core::Owed;
 use crate::policy::decision::Kind;
 use crate::policy::{Core, Decision, Mode, Planned, Refusal, RefusalKind, Request, Verdict};
 use crate::ports::ModelInfo;
@@ -148,8 +149,10 @@ fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&Mo
     };
     let last = core.decisions().rev().find(|decision| decision.instance == *instance);
     let broken = info.and_then(|info| info.broken.clone());
+    let owed = core.owed().iter().find(|owed| owed.instance == *instance && holder.is_none());
     let message = match (waits, last) {
         (Some(told), _) => told.to_owned(),
+        _ if owed.is_some() => owed.map(returns).unwrap_or_default(),
         (None, Some(last)) if holder.is_none() && last.kind == Kind::Refuse => last.text.clone(),
         _ => broken.unwrap_or_default(),
     };
@@ -177,6 +180,11 @@ fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&Mo
         modes: info.map(|info| info.modes.clone()).unwrap_or_default(),
         message,
     }
+}
+
+/// What is said of one that is owed a return.
+fn returns(owed: &Owed) -> String {
+    format!("it was stopped for {} and comes back when there is room", owed.for_instance)
 }
 
 /// The address of an instance, from that of the first one.
@@ -290,6 +298,7 @@ mod tests {
             instead_of: Default::default(),
             stuck: Default::default(),
             force: false,
+            no_restore: false,
             explicit: true,
             unknown: None,
             unit_limit: None,

@@ -27,6 +27,8 @@ pub struct LoadOptions {
     pub instead_of: Vec<String>,
     /// Load even though the estimate is unknown or says no.
     pub force: bool,
+    /// Whoever is stopped for it stays stopped when it ends.
+    pub no_restore: bool,
 }
 
 impl Client {
@@ -79,6 +81,9 @@ impl Client {
         }
         if options.force {
             map.insert("force", true.into());
+        }
+        if options.no_restore {
+            map.insert("restore", false.into());
         }
         self.change("Load", &(instance, map)).await
     }

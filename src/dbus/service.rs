@@ -16,7 +16,7 @@ use super::error::{Error, Kind};
 use super::{PATH, peer};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::daemon::{Asking, Fault, Handle, Job, Publication};
+use crate::daemon::{Asking, Fault, Handle, Job, LoadOptions, Publication};
 use crate::os::release_memory;
 use crate::policy::{Mode, RefusalKind};
 use crate::ports::CatalogError;
@@ -172,19 +172,19 @@ impl Manager {
         options: HashMap<String, OwnedVariant>,
     ) -> Result<OwnedObjectPath, Error> {
         self.authority.check(connection, &header, MANAGE_MODELS).await?;
-        let (mut context, mut instead_of, mut force) = (None, Vec::new(), false);
+        let (mut loading, mut instead_of) = (LoadOptions::default(), Vec::new());
         for (key, value) in options {
             let wrong = |_| Error::new(Kind::Failed, format!("option '{key}' has the wrong type"));
             match key.as_str() {
-                "context" => context = Some(u64::try_from(value).map_err(wrong)?),
+                "context" => loading.context = Some(u64::try_from(value).map_err(wrong)?).filter(|n| *n != 0),
                 "instead-of" => instead_of = Vec::<String>::try_from(value).map_err(wrong)?,
-                "force" => force = bool::try_from(value).map_err(wrong)?,
+                "force" => loading.force = bool::try_from(value).map_err(wrong)?,
+                "restore" => loading.no_restore = !bool::try_from(value).map_err(wrong)?,
                 _ => return Err(Error::new(Kind::Failed, format!("there is no option '{key}'"))),
             }
         }
         bounded(instead_of.len(), "names")?;
-        let context = context.filter(|context| *context != 0);
-        let (job, options) = self.handle.prepare_load(instance, context, instead_of, force).await?;
+        let (job, options) = self.handle.prepare_load(instance, instead_of, loading).await?;
         // The object is there before anything can happen to it.
         let path = self.add_job(connection, &job).await?;
         self.handle.begin_load(job, options);

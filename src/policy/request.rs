@@ -54,6 +54,8 @@ pub struct Request {
     pub stuck: BTreeSet<Instance>,
     /// Admit it even if it doesn't fit, or if its size is unknown.
     pub force: bool,
+    /// Whoever is stopped for it is owed no return.
+    pub no_restore: bool,
     /// A person asked for it now (not a boot, a restart or a restoration).
     pub explicit: bool,
     /// The size can't be estimated: why.

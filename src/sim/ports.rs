@@ -171,6 +171,7 @@ impl Catalog for SimCatalog {
         }
         request.instead_of.clone_from(&wish.instead_of);
         request.force = wish.force;
+        request.no_restore = wish.no_restore;
         request.explicit = wish.explicit;
         Ok(request)
     }

@@ -238,6 +238,7 @@ impl Scenario {
             instead_of: Default::default(),
             stuck: Default::default(),
             force: false,
+            no_restore: false,
             explicit: false,
             unknown: None,
             unit_limit: None,

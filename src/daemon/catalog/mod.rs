@@ -303,6 +303,7 @@ impl Catalog for RealCatalog {
             instead_of: wish.instead_of.clone(),
             stuck: Default::default(),
             force: wish.force,
+            no_restore: wish.no_restore,
             explicit: wish.explicit,
             unknown: None,
             unit_limit: None,

@@ -385,7 +385,12 @@ impl Core {
         let (context, bytes) = (reservation.context, reservation.predicted.total());
         let basis = reservation.basis.clone();
         self.peaks.used(&basis);
-        self.owed.retain(|owed| owed.instance != instance);
+        // Only now that it is admitted: were it refused, those stopped for it would come back.
+        let stays_stopped = |stopped: &Instance| {
+            let names = |step: &Step| matches!(step, Step::Stop { instance, .. } if instance == stopped);
+            active.pending.request.no_restore && active.steps.iter().any(names)
+        };
+        self.owed.retain(|owed| owed.instance != instance && !stays_stopped(&owed.instance));
         let after = if active.steps.is_empty() { "" } else { " after " };
         let steps: Vec<String> = active.steps.iter().map(ToString::to_string).collect();
         let decision = Decision {
@@ -478,41 +483,6 @@ impl Core {
         };
         self.record(decision, out);
         out.push(Action::Answer { ticket: active.pending.ticket, answer: Ok(context) });
-    }
-
-    /// Stops models whose time to live is over, whether or not anybody needs their room.
-    pub(super) fn expire(&mut self, now: u64, out: &mut Vec<Action>) {
-        if self.rules.mode == Mode::Observe || self.active.is_some() {
-            return;
-        }
-        let over: Vec<Instance> =
-            self.holders.iter().filter(|(_, r)| r.expired(now)).map(|(i, _)| i.clone()).collect();
-        for instance in over {
-            let Some(reservation) = self.holders.get_mut(&instance) else { continue };
-            reservation.phase = Phase::Stopping;
-            let (context, bytes) = (reservation.context, reservation.held().total());
-            let id = self.perform(Effect::Stop(instance.clone()), out);
-            self.expiring.insert(id, instance.clone());
-            let decision = Decision {
-                kind: Kind::Expire,
-                for_instance: None,
-                verdict: Verdict::Fits,
-                at_msec: now,
-                context,
-                bytes,
-                basis: Basis::default(),
-                steps: Vec::new(),
-                refusal: None,
-                observed: false,
-                text: format!("{instance} is stopped: idle past its ttl, frees {bytes}"),
-                instance,
-            };
-            self.record(decision, out);
-        }
-        let ends = self.holders.values().filter(|r| r.phase == Phase::Running);
-        if let Some(end) = ends.filter_map(|r| Some(r.last_used + r.ttl?)).min() {
-            self.wake_at(end);
-        }
     }
 }
 

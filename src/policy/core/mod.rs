@@ -5,6 +5,7 @@
 //! survive a crash of the daemon is handed out as [`Action::Save`] before the action that needs it.
 
 mod admission;
+mod expire;
 mod restore;
 mod swap;
 mod sync;

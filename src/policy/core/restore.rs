@@ -118,6 +118,7 @@ fn as_request(owed: &super::Owed) -> Request {
         instead_of: Default::default(),
         stuck: Default::default(),
         force: false,
+        no_restore: false,
         explicit: false,
         unknown: None,
         unit_limit: None::<Bytes>,

@@ -1,8 +1,12 @@
 //! The command line: verbs, options, and the words that explain them.
 
+mod unit;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueHint};
+
+pub use unit::{Hold, Run, WaitReady};
 
 use crate::bytes::Bytes;
 
@@ -157,6 +161,15 @@ pub struct Fit {
     pub arguments: Vec<String>,
 }
 
+/// What becomes of models that are stopped for another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Restore {
+    /// They come back when there is room again.
+    Yes,
+    /// They stay stopped.
+    No,
+}
+
 /// A size, or nothing on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SizeOrNone {
@@ -200,6 +213,9 @@ pub struct Load {
     /// Load it even though its size is unknown or would not fit
     #[arg(long)]
     pub force: bool,
+    /// Whether models that are stopped for it come back when there is room again
+    #[arg(long, value_name = "yes|no", value_enum, default_value = "yes")]
+    pub restore: Restore,
     /// Return once the job is queued, without waiting for the model to answer
     #[arg(long)]
     pub no_wait: bool,
@@ -357,42 +373,6 @@ pub struct Validate {
     pub json: bool,
 }
 
-/// Pass the gate and become the engine (what llm@.service runs)
-///
-/// Checks what could never work, asks the daemon for admission, waits for its answer, and
-/// replaces itself with the engine.
-#[derive(Args, Debug)]
-#[command(after_help = "Example, in a unit of your own:\n  ExecStart=/usr/bin/plimsoll run %i")]
-pub struct Run {
-    /// The instance, as after 'llm@'
-    #[arg(value_name = "INSTANCE")]
-    pub instance: String,
-    #[command(flatten)]
-    pub root: Root,
-}
-
-/// Keep parts of a model's files in memory (a helper of 'plimsoll run', which starts it)
-#[derive(Args, Debug)]
-pub struct Hold {
-    /// The process that has started it, and with which it ends
-    #[arg(value_name = "PID")]
-    pub parent: i32,
-}
-
-/// Wait until the model answers (what llm@.service runs after its start)
-///
-/// Asks the engine's health endpoint until it says yes. There is no time limit while bytes move;
-/// it fails when the process is gone or nothing has moved for the model's stall-timeout.
-#[derive(Args, Debug)]
-#[command(after_help = "Example, in a unit of your own:\n  ExecStartPost=/usr/bin/plimsoll wait-ready %i")]
-pub struct WaitReady {
-    /// The instance, as after 'llm@'
-    #[arg(value_name = "INSTANCE")]
-    pub instance: String,
-    #[command(flatten)]
-    pub root: Root,
-}
-
 /// List the models whose size is known before they are downloaded
 ///
 /// Public hyperparameters and published sizes, with the source of each. 'plimsoll fit NAME:QUANTISATION' prices one.
@@ -478,7 +458,7 @@ mod tests {
 
     #[test]
     fn every_verb_has_an_example() {
-        for verb in Cli::command().get_subcommands() {
+        for verb in Cli::command().get_subcommands().filter(|verb| !verb.is_hide_set()) {
             let help = verb.get_after_help().map(ToString::to_string).unwrap_or_default();
             assert!(help.contains("Example") && help.contains("plimsoll"), "{}", verb.get_name());
         }

@@ -1,0 +1,44 @@
+//! Stopping models that nobody has used for their time to live.
+
+use super::{Action, Core, Effect};
+use crate::config::Instance;
+use crate::ledger::{Basis, Phase};
+use crate::policy::decision::{Decision, Kind, Verdict};
+use crate::policy::request::Mode;
+
+impl Core {
+    /// Stops models whose time to live is over, whether or not anybody needs their room.
+    pub(super) fn expire(&mut self, now: u64, out: &mut Vec<Action>) {
+        if self.rules.mode == Mode::Observe || self.active.is_some() {
+            return;
+        }
+        let over: Vec<Instance> =
+            self.holders.iter().filter(|(_, r)| r.expired(now)).map(|(i, _)| i.clone()).collect();
+        for instance in over {
+            let Some(reservation) = self.holders.get_mut(&instance) else { continue };
+            reservation.phase = Phase::Stopping;
+            let (context, bytes) = (reservation.context, reservation.held().total());
+            let id = self.perform(Effect::Stop(instance.clone()), out);
+            self.expiring.insert(id, instance.clone());
+            let decision = Decision {
+                kind: Kind::Expire,
+                for_instance: None,
+                verdict: Verdict::Fits,
+                at_msec: now,
+                context,
+                bytes,
+                basis: Basis::default(),
+                steps: Vec::new(),
+                refusal: None,
+                observed: false,
+                text: format!("{instance} is stopped: idle past its ttl, frees {bytes}"),
+                instance,
+            };
+            self.record(decision, out);
+        }
+        let ends = self.holders.values().filter(|r| r.phase == Phase::Running);
+        if let Some(end) = ends.filter_map(|r| Some(r.last_used + r.ttl?)).min() {
+            self.wake_at(end);
+        }
+    }
+}
