@@ -19,6 +19,7 @@ mod load;
 mod opinion;
 mod output;
 mod process;
+mod read_behind;
 mod remote;
 mod run;
 mod status;

@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 use super::args::WaitReady;
 use super::failure::{Exit, Failure};
 use super::process::{Process, Stage};
+use super::read_behind::ReadBehind;
 use crate::action::notify::Notifier;
 use crate::config::{self, Instance, Model};
+use crate::gguf;
 
 /// How often systemd is asked for more time.
 const EXTEND_EVERY: Duration = Duration::from_secs(5);
@@ -36,12 +38,23 @@ pub(super) fn wait_ready(args: &WaitReady) -> Result<Exit, Failure> {
         // Refused or broken within the first moments: it has said why itself.
         return Ok(Exit::Failed);
     };
-    wait(&process, &endpoint, model.stall_timeout, &Notifier::from_environment())
+    let files = match (&model.command, &model.model) {
+        (None, Some(path)) => gguf::shard_paths(path).unwrap_or_default(),
+        _ => Vec::new(),
+    };
+    let mut behind = ReadBehind::new(Path::new("/"), pid, &files);
+    wait(&process, &endpoint, model.stall_timeout, &Notifier::from_environment(), || behind.follow())
 }
 
 /// Waits for `endpoint` to answer. `Exit::Failed` without a word when the process ended at the
-/// gate, for then it has said why itself.
-fn wait(process: &Process, endpoint: &Endpoint, stall: Duration, notify: &Notifier) -> Result<Exit, Failure> {
+/// gate, for then it has said why itself. `meanwhile` is done now and again while the engine loads.
+fn wait(
+    process: &Process,
+    endpoint: &Endpoint,
+    stall: Duration,
+    notify: &Notifier,
+    mut meanwhile: impl FnMut(),
+) -> Result<Exit, Failure> {
     let started = Instant::now();
     let mut moved = Instant::now();
     let mut extended: Option<Instant> = None;
@@ -60,6 +73,7 @@ fn wait(process: &Process, endpoint: &Endpoint, stall: Duration, notify: &Notifi
             Stage::Engine => {
                 at_gate = false;
                 last = endpoint.ask();
+                meanwhile();
                 if last == Answer::Ready {
                     let _ = notify.status(&format!("ready at {}", endpoint.name));
                     return Ok(Exit::Done);
@@ -291,7 +305,7 @@ mod tests {
         crate::cli::process::tests::write_process(&root, 7, "S", &["/usr/bin/plimsoll", "run", "x"]);
         let process = Process::find(&root, 7).unwrap();
         crate::cli::process::tests::write_process(&root, 7, "Z", &[]);
-        let ended = wait(&process, &endpoint, Duration::from_secs(60), &Notifier::from_environment());
+        let ended = wait(&process, &endpoint, Duration::from_secs(60), &Notifier::from_environment(), || ());
         assert_eq!(ended, Ok(Exit::Failed));
         std::fs::remove_dir_all(root).unwrap();
     }
@@ -303,7 +317,8 @@ mod tests {
         let root = tempdir("stalled");
         crate::cli::process::tests::write_process(&root, 7, "S", &["/usr/bin/llama-server"]);
         let process = Process::find(&root, 7).unwrap();
-        let failure = wait(&process, &endpoint, Duration::ZERO, &Notifier::from_environment()).unwrap_err();
+        let failure =
+            wait(&process, &endpoint, Duration::ZERO, &Notifier::from_environment(), || ()).unwrap_err();
         assert_eq!(failure.message, "nothing has moved for 0 s, and x does not answer");
         std::fs::remove_dir_all(root).unwrap();
     }

@@ -25,6 +25,12 @@ const SYSTEM_FILES: &[Entry] = &[
     entry("systemd/plimsoll-swap@.service", "lib/systemd/system/plimsoll-swap@.service"),
     entry("systemd/llm.slice", "lib/systemd/system/llm.slice"),
     entry("systemd/plimsoll.slice", "lib/systemd/system/plimsoll.slice"),
+    entry("systemd/protect-system.conf", "lib/systemd/system/system.slice.d/50-plimsoll.conf"),
+    entry("systemd/protect-system.conf", "lib/systemd/system/user.slice.d/50-plimsoll.conf"),
+    entry("systemd/protect-init.conf", "lib/systemd/system/init.scope.d/50-plimsoll.conf"),
+    // By either name that distributions give it.
+    entry("systemd/protect-sshd.conf", "lib/systemd/system/ssh.service.d/50-plimsoll.conf"),
+    entry("systemd/protect-sshd.conf", "lib/systemd/system/sshd.service.d/50-plimsoll.conf"),
     entry("systemd/plimsoll.sysusers.conf", "lib/sysusers.d/plimsoll.conf"),
     entry("systemd/plimsoll.tmpfiles.conf", "lib/tmpfiles.d/plimsoll.conf"),
     entry("systemd/org.plimsoll1.service", "share/dbus-1/system-services/org.plimsoll1.service"),

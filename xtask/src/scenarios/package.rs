@@ -17,6 +17,13 @@ pub fn installs_in_good_order(lab: &mut Lab) -> Result<()> {
     ensure!(!said.contains("plimsoll") && !said.contains("llm@"), "systemd-analyze verify: {said}");
     let state = guest.run("systemctl is-system-running; systemctl --failed --no-legend")?.all();
     ensure!(state.starts_with("running"), "{state}\n{}", guest.evidence());
+    // Whoever administers the machine is protected from models at once, without a restart of anything.
+    let protected = guest.ok(
+        "cd /sys/fs/cgroup && cat system.slice/memory.min user.slice/memory.min init.scope/memory.min \
+         system.slice/ssh.service/memory.min system.slice/memory.low",
+    )?;
+    let protected: Vec<u64> = protected.lines().filter_map(|line| line.parse().ok()).collect();
+    ensure!(protected.len() == 5 && !protected.contains(&0), "not protected: {protected:?}");
     // Everyone may read; the bus brings the daemon up by itself.
     guest.ok("busctl call org.plimsoll1 /org/plimsoll1 org.plimsoll1.Manager Status")?;
     guest.ok("setpriv --reuid=nobody --clear-groups plimsoll status")?;

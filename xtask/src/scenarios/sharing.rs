@@ -1,6 +1,6 @@
 //! Two instances of one model.
 
-use crate::lab::{Config, Lab, PATIENCE};
+use crate::lab::{Config, Lab, MODELS, PATIENCE};
 use anyhow::{Result, ensure};
 use plimsoll::bytes::Bytes;
 
@@ -41,5 +41,10 @@ pub fn unmapped_weights_are_charged_twice(lab: &mut Lab) -> Result<()> {
     let [none, one, both] = start_both(lab, config)?;
     ensure!(one - none > WEIGHTS, "the first takes {}", one - none);
     ensure!(both - one > WEIGHTS, "the second takes only {}", both - one);
+    // What was read into memory of its own is not left in the page cache a second time.
+    let cached = lab.guest.ok(&format!("fincore --bytes --noheadings --output RES {MODELS}/twin.gguf"))?;
+    let cached = Bytes(cached.trim().parse()?);
+    println!("          left in the page cache: {cached}");
+    ensure!(cached < Bytes::mib(64), "{cached} of the file are left in the page cache");
     lab.no_oom_kill()
 }
