@@ -84,6 +84,8 @@ pub struct Rulebook {
     pub reserve: Option<Bytes>,
     /// What an explicit start may do to its equals.
     pub peers: Peers,
+    /// The page cache of the whole machine may be dropped for a large load.
+    pub drop_all_cache: bool,
     /// The priority of each model.
     pub priorities: BTreeMap<ModelName, u8>,
     /// What is wrong with the configuration, one sentence each.

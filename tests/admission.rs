@@ -207,6 +207,35 @@ fn instances_share_mapped_weights_and_only_the_last_one_frees_them() {
 }
 
 #[test]
+fn available_memory_is_made_free_for_a_large_load_and_for_no_other() {
+    let machine = |rules: &str| {
+        simulation(&format!(
+            "[machine]\nmemory = '104GiB'\nsystem = '4GiB'\nreserve = '0B'\ncache = '70GiB'\nfree-large = '8GiB'\n{rules}\n\
+             [models]\nlarge = {{ weights = '60GiB', placement = 'anonymous' }}\nsmall = {{ weights = '512MiB', placement = 'anonymous', private = '1MiB' }}\n\
+             low = {{ weights = '60GiB', placement = 'anonymous', priority = 10 }}\n"
+        ))
+    };
+    let steps = |s: &Simulation, name: &str| -> Vec<String> {
+        let admitted = s.decisions.iter().rfind(|d| d.kind == Kind::Admit && d.instance.to_string() == name);
+        admitted.unwrap().steps.iter().map(ToString::to_string).collect()
+    };
+    let mut s = machine("drop-all-cache = true");
+    s.start("small").run(30);
+    assert_eq!(steps(&s, "small"), Vec::<String>::new());
+    s.start("large").run(60);
+    let dropped = "dropping all 70.0 GiB of page cache that can be dropped";
+    assert_eq!(steps(&s, "large"), [dropped, "compacting memory for 60.0 GiB"]);
+
+    // Without leave nobody else's cache is touched; and what has to be stopped is stopped first.
+    let mut s = machine("");
+    s.start("low").run(60);
+    assert_eq!(steps(&s, "low"), ["compacting memory for 60.0 GiB"]);
+    s.start("large").run(60);
+    assert_eq!(steps(&s, "large"), ["stopping low (lower priority, frees 60.0 GiB)"]);
+    sound(&s);
+}
+
+#[test]
 fn unmapped_instances_are_charged_each() {
     let mut s = machine("copy = { weights = '60GiB', placement = 'anonymous' }");
     s.start("copy").run(30).start("copy@2").run(30);

@@ -15,7 +15,7 @@ use std::time::Duration;
 use plimsoll::action::page_cache::{drop_file, open_regular};
 use plimsoll::action::state_file::{Loaded, StateFile};
 use plimsoll::action::systemd::{self, Applied, Systemd, SystemdError, UNITS, UnitEvent};
-use plimsoll::action::{Changed, cgroup};
+use plimsoll::action::{Changed, cgroup, kernel};
 use plimsoll::bytes::Bytes;
 use plimsoll::config::Instance;
 use plimsoll::host::{ControlGroup, Host};
@@ -313,5 +313,10 @@ async fn the_daemons_sandbox_allows_what_it_needs() {
     plimsoll::os::pidfd_send_signal(pidfd.as_fd(), nix::sys::signal::Signal::SIGURG).unwrap();
     nix::sys::mman::mlockall(nix::sys::mman::MlockAllFlags::MCL_CURRENT).unwrap();
     assert_eq!(systemd.stop(unit, Some(&directory), PATIENCE).await.unwrap().changed, Changed::Changed);
+    // Free memory is made of available memory, and nothing else of the kernel is changed.
+    kernel::compact(Path::new("/")).unwrap();
+    kernel::drop_all_cache(Path::new("/")).unwrap();
+    assert!(std::fs::write("/proc/sys/vm/swappiness", "60").is_err(), "another setting of the kernel");
+
     println!("sandbox: done");
 }

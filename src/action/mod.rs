@@ -4,6 +4,7 @@
 //! time; those that block (page cache, reclaim, files) are for threads that may.
 
 pub mod cgroup;
+pub mod kernel;
 pub mod notify;
 pub mod page_cache;
 pub mod state_file;

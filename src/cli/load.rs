@@ -188,6 +188,7 @@ fn consequences(decision: &Decision) -> Vec<String> {
         "stop" => Some(format!("stopped for it: {} ({} freed)", step.instance, step.frees_bytes)),
         "reduce-context" => Some(format!("its context was reduced from {} to {}", step.from, step.to)),
         "drop-cache" => Some(format!("dropped from the page cache: {}", step.frees_bytes)),
+        "drop-all-cache" => Some(format!("dropped of all page cache: {}", step.frees_bytes)),
         _ => None,
     };
     decision.steps.iter().filter_map(step).collect()

@@ -140,6 +140,8 @@ fn step_text(step: &Step) -> String {
             format!("stop {} ({why}), frees {}", step.instance, step.frees_bytes)
         }
         "reduce-context" => format!("reduce the context from {} to {}", step.from, step.to),
+        "drop-all-cache" => format!("drop all page cache, frees {}", step.frees_bytes),
+        "compact" => format!("compact memory for {}", step.bytes),
         "add-swap" => format!("make a swapfile of {}", step.bytes),
         "stream" => {
             format!(

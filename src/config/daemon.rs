@@ -13,7 +13,8 @@ use super::table::{Entry, Item, Table, Value};
 use crate::bytes::{Bytes, GIB};
 
 /// The keys of `plimsoll.toml`.
-pub(super) const KEYS: [&str; 7] = ["mode", "reserve", "peers", "swap", "engine", "adopt", "model-defaults"];
+pub(super) const KEYS: [&str; 8] =
+    ["mode", "reserve", "peers", "page-cache", "swap", "engine", "adopt", "model-defaults"];
 
 /// Whether the daemon acts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -70,6 +71,13 @@ impl Default for Swap {
     }
 }
 
+/// The kernel's page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PageCache {
+    /// Whether that of the whole machine may be dropped for a large load, when all else was not enough.
+    pub drop_all: bool,
+}
+
 /// Where an engine comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -103,6 +111,8 @@ pub struct Daemon {
     pub reserve: Reserve,
     /// What an explicit start may do to models of equal priority.
     pub peers: Peers,
+    /// The kernel's page cache.
+    pub page_cache: PageCache,
     /// The daemon's own swapfiles.
     pub swap: Swap,
     /// Engines by name. `llama-server` is searched for when it is not among them.
@@ -129,6 +139,7 @@ pub(super) fn read(table: Table, problems: &mut Vec<Problem>) -> (Daemon, Table)
     let peers = r
         .read("peers", reader::word(&[("keep", Peers::Keep), ("replace-idle", Peers::ReplaceIdle)]))
         .unwrap_or_default();
+    let page_cache = r.table("page-cache");
     let swap = r.table("swap");
     let engines = r.table("engine").unwrap_or_default();
     let adopted = r.table("adopt").unwrap_or_default();
@@ -154,6 +165,7 @@ pub(super) fn read(table: Table, problems: &mut Vec<Problem>) -> (Daemon, Table)
         mode,
         reserve,
         peers,
+        page_cache: page_cache.map(|table| read_page_cache(table, problems)).unwrap_or_default(),
         swap: swap.map(|table| read_swap(table, problems)).unwrap_or_default(),
         engines: named(engines, "engine", problems, read_engine),
         adopted: named(adopted, "adopt", problems, read_adopted),
@@ -190,6 +202,13 @@ fn read_reserve(item: &Item) -> Result<Reserve, reader::Wrong> {
         Value::Text(text) if text == "auto" => Ok(Reserve::Auto),
         _ => reader::size(item).map(Reserve::Size),
     }
+}
+
+fn read_page_cache(table: Table, problems: &mut Vec<Problem>) -> PageCache {
+    let mut r = Reader::new(table, problems);
+    let drop_all = r.read("drop-all", reader::boolean).unwrap_or_default();
+    r.finish(|_| None);
+    PageCache { drop_all }
 }
 
 fn read_swap(table: Table, problems: &mut Vec<Problem>) -> Swap {

@@ -184,7 +184,7 @@ pub struct Decision {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Step {
-    /// `drop-cache`, `stop`, `add-swap`, `reduce-context`, `stream`, `swap`.
+    /// `drop-cache`, `stop`, `drop-all-cache`, `compact`, `add-swap`, `reduce-context`, `stream`, `swap`.
     pub step: String,
     /// The instance that it is done to.
     pub instance: String,
@@ -196,7 +196,7 @@ pub struct Step {
     pub from: u64,
     /// The context afterwards, tokens.
     pub to: u64,
-    /// Of `add-swap`: the size of the swapfile.
+    /// Of `add-swap`: the size of the swapfile. Of `compact`: what is to be allocated.
     pub bytes: Bytes,
     /// Of `stream`: what of the mapped weights has its place in memory.
     pub resident_bytes: Bytes,

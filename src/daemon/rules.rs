@@ -38,7 +38,8 @@ impl Daemon {
     pub(super) fn apply(&mut self, rulebook: &Rulebook) {
         let mode = self.mode_as(rulebook);
         let reserve = rulebook.reserve.unwrap_or_else(|| auto_reserve(&self.machine.memory));
-        let rules = Rules { reserve, mode, peers: rulebook.peers };
+        let (peers, drop_all_cache) = (rulebook.peers, rulebook.drop_all_cache);
+        let rules = Rules { reserve, mode, peers, drop_all_cache };
         if mode != self.core.rules().mode {
             tracing::info!("mode {mode:?}");
             self.tell(Publication::Mode(mode));

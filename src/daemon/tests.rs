@@ -35,6 +35,8 @@ impl Ports for Fake {
     fn perform(&mut self, id: ActionId, effect: Effect, done: Outcomes) {
         self.log.lock().unwrap().push(match effect {
             Effect::DropCache(_) => "drop".to_owned(),
+            Effect::DropAllCache => "drop all".to_owned(),
+            Effect::Compact => "compact".to_owned(),
             Effect::Stop(instance) => format!("stop {instance}"),
             Effect::Start(instance) => format!("start {instance}"),
             Effect::Limit(instance, _) => format!("limit {instance}"),

@@ -5,6 +5,7 @@ use crate::bytes::{Bytes, KIB};
 use crate::ledger::Memory;
 
 const MEMINFO: &str = "/proc/meminfo";
+const BUDDYINFO: &str = "/proc/buddyinfo";
 const ARCSTATS: &str = "/proc/spl/kstat/zfs/arcstats";
 
 impl Host {
@@ -23,6 +24,7 @@ impl Host {
             total,
             available: (available - cma_free + self.zfs_evictable()).min(total),
             free: (free - cma_free).min(total),
+            free_large: self.read(BUDDYINFO).ok().map(|text| large_blocks(&text)),
             swap_total: field("SwapTotal").unwrap_or_default(),
             swap_free: field("SwapFree").unwrap_or_default(),
         })
@@ -36,6 +38,18 @@ impl Host {
             _ => Bytes::ZERO,
         }
     }
+}
+
+/// Free memory in blocks of 2 MiB or more: each line of /proc/buddyinfo has behind the zone's name the numbers of free
+/// blocks of one page, of two, of four and so on.
+fn large_blocks(text: &str) -> Bytes {
+    const PAGE: u64 = 4096;
+    let zone = |line: &str| -> Bytes {
+        let counts = line.split_whitespace().skip_while(|word| *word != "zone").skip(2);
+        let blocks = counts.zip(0_u32..24).filter(|(_, order)| PAGE << order >= 2 << 20);
+        blocks.map(|(count, order)| Bytes(count.parse().unwrap_or(0)) * (PAGE << order)).sum()
+    };
+    text.lines().map(zone).sum()
 }
 
 /// A field of /proc/meminfo.
@@ -74,6 +88,15 @@ fn arc_evictable(text: &str) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_large_blocks_are_large() {
+        let text = "Node 0, zone      DMA      0      0      0      0      0      0      0      0      1      1      2\n\
+                    Node 0, zone   Normal   4000    300     20      9      8      7      6      5      4      3     10\n";
+        // Of 2 MiB and of 4 MiB.
+        assert_eq!(large_blocks(text), Bytes::mib(2 + 2 * 4 + 3 * 2 + 10 * 4));
+        assert_eq!(large_blocks("nonsense"), Bytes::ZERO);
+    }
 
     #[test]
     fn arc_gives_back_what_is_clean_but_keeps_its_minimum() {

@@ -55,6 +55,9 @@ pub struct Memory {
     pub available: Bytes,
     /// MemFree, less CmaFree: what is free without reclaim.
     pub free: Bytes,
+    /// What of it lies in blocks of 2 MiB or more (/proc/buddyinfo); unknown where that can't be read.
+    #[serde(default)]
+    pub free_large: Option<Bytes>,
     /// SwapTotal.
     #[serde(default)]
     pub swap_total: Bytes,

@@ -12,6 +12,7 @@ pub mod peaks;
 pub mod plan;
 pub mod refusal;
 pub mod request;
+mod tidy;
 pub mod verdict;
 
 pub use self::core::{Action, ActionId, Core, Event, Outcome, Saved};

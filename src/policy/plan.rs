@@ -1,6 +1,6 @@
 //! The admission plan: what has to happen so that a model can run, least harm first.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -65,6 +65,16 @@ pub enum Step {
         /// What it gives back, its shared weights only where it is the last to go.
         frees_bytes: Bytes,
     },
+    /// Drop the page cache of the whole machine, where that is configured.
+    DropAllCache {
+        /// What of it can be dropped.
+        frees_bytes: Bytes,
+    },
+    /// Move pages about until free memory lies together.
+    Compact {
+        /// What is to be allocated.
+        bytes: Bytes,
+    },
     /// Make a swapfile and use it.
     AddSwap {
         /// Its size.
@@ -92,6 +102,17 @@ pub enum Step {
 }
 
 impl Step {
+    /// Whether once is enough for a request: what it did not bring the first time it does not bring the second.
+    #[must_use]
+    pub fn is_done_by(&self, done: &Self) -> bool {
+        match self {
+            Self::DropCache { .. } => self == done,
+            Self::DropAllCache { .. } => matches!(done, Self::DropAllCache { .. }),
+            Self::Compact { .. } => matches!(done, Self::Compact { .. }),
+            _ => false,
+        }
+    }
+
     /// Whether it says how the model will run, and is nothing to be done before.
     #[must_use]
     pub fn is_setting(&self) -> bool {
@@ -117,6 +138,10 @@ impl fmt::Display for Step {
             Self::Stream { resident_bytes, mapped_bytes } => {
                 write!(f, "keeping {resident_bytes} of {mapped_bytes} of its weights in memory")
             }
+            Self::DropAllCache { frees_bytes } => {
+                write!(f, "dropping all {frees_bytes} of page cache that can be dropped")
+            }
+            Self::Compact { bytes } => write!(f, "compacting memory for {bytes}"),
             Self::AddSwap { bytes } => write!(f, "making a swapfile of {bytes}"),
             Self::Swap { swapped_bytes } => write!(f, "leaving {swapped_bytes} of it in swap"),
         }
@@ -422,39 +447,14 @@ impl Scene<'_> {
             stopped.push(holder);
             steps.push(Step::Stop { instance, reason, frees_bytes });
         }
+        if stopped.is_empty() {
+            steps.extend(self.tidy(rung));
+        }
         if let Some(wanted) = self.request.ladder.first()
             && wanted.context != rung.context
         {
             steps.push(Step::ReduceContext { from: wanted.context, to: rung.context });
         }
         Plan { rung: rung.clone(), steps }
-    }
-
-    /// Cold cache is available memory already, so dropping it is no gain in the ledger. It spares a
-    /// large allocation the wait for reclaim (loads without mmap have died of it), so it is dropped
-    /// where free memory alone would not do.
-    fn drop_cache(&self, rung: &Rung, gone: &[usize]) -> Option<Step> {
-        let machine = self.situation.machine;
-        let to_allocate: Bytes = rung.footprint.private + rung.footprint.gpus.iter().copied().sum();
-        if machine.memory.free >= to_allocate {
-            return None;
-        }
-        let staying = (0..self.names.len()).filter(|n| !gone.contains(n));
-        let kept: BTreeSet<FileId> = staying
-            .filter_map(|n| self.reservation(n))
-            .flat_map(|r| &r.predicted.mapped)
-            .chain(&rung.footprint.mapped)
-            .map(|m| m.file)
-            .collect();
-        let cold: Vec<(FileId, Bytes)> = machine
-            .cached
-            .iter()
-            .filter(|(file, bytes)| !kept.contains(file) && !bytes.is_zero())
-            .map(|(file, bytes)| (*file, *bytes))
-            .collect();
-        (!cold.is_empty()).then(|| Step::DropCache {
-            files: cold.iter().map(|(file, _)| *file).collect(),
-            frees_bytes: cold.iter().map(|(_, bytes)| *bytes).sum(),
-        })
     }
 }

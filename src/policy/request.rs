@@ -115,11 +115,13 @@ pub struct Rules {
     pub mode: Mode,
     /// What an explicit start may do to its equals.
     pub peers: Peers,
+    /// The page cache of the whole machine may be dropped for a large load, when all else was not enough.
+    pub drop_all_cache: bool,
 }
 
 impl Default for Rules {
     fn default() -> Self {
-        Self { reserve: Bytes::gib(2), mode: Mode::Enforce, peers: Peers::Keep }
+        Self { reserve: Bytes::gib(2), mode: Mode::Enforce, peers: Peers::Keep, drop_all_cache: false }
     }
 }
 

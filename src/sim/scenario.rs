@@ -46,6 +46,14 @@ pub struct SimMachine {
     /// Its kernel takes no swapfile.
     #[serde(default)]
     pub swap_broken: bool,
+    /// Its free memory lies scattered: so much of it in large blocks.
+    pub free_large: Option<Bytes>,
+    /// Page cache of files that are no model's.
+    #[serde(default)]
+    pub cache: Bytes,
+    /// The page cache of the whole machine may be dropped.
+    #[serde(default)]
+    pub drop_all_cache: bool,
     /// `enforce` or `observe`.
     #[serde(default)]
     pub mode: Mode,
@@ -194,6 +202,7 @@ impl Scenario {
             reserve: self.machine.reserve.unwrap_or_else(|| request::auto_reserve(&memory)),
             mode: self.machine.mode,
             peers: self.machine.peers,
+            drop_all_cache: self.machine.drop_all_cache,
         }
     }
 

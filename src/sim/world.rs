@@ -58,6 +58,8 @@ pub struct World {
     system: Bytes,
     leaked: Bytes,
     swaps: Vec<SwapArea>,
+    cache: Bytes,
+    free_large: Option<Bytes>,
 }
 
 impl World {
@@ -65,6 +67,7 @@ impl World {
     #[must_use]
     pub fn new(scenario: Scenario) -> Self {
         let system = scenario.machine.system;
+        let (cache, free_large) = (scenario.machine.cache, scenario.machine.free_large);
         let scripted = scenario.at.clone();
         let mut world = Self {
             scenario,
@@ -76,6 +79,8 @@ impl World {
             system,
             leaked: Bytes::ZERO,
             swaps: Vec::new(),
+            cache,
+            free_large,
         };
         for happening in scripted {
             world.later(happening.seconds * 1000, Happening::Scripted(happening));
@@ -242,6 +247,14 @@ impl World {
                 }
                 self.later(1, Happening::Outcome(id, Outcome::Done));
             }
+            Effect::DropAllCache => {
+                self.cache = Bytes::ZERO;
+                self.later(1, Happening::Outcome(id, Outcome::Done));
+            }
+            Effect::Compact => {
+                self.free_large = None;
+                self.later(1, Happening::Outcome(id, Outcome::Done));
+            }
             Effect::AddSwap(owner, bytes) => {
                 let outcome = self.add_swap(*owner, *bytes);
                 self.later(30, Happening::Outcome(id, outcome));
@@ -363,8 +376,10 @@ impl World {
         }
         let available = sim.memory - used;
         let swap_total: Bytes = self.swaps.iter().map(|area| area.size).sum();
-        let memory =
-            Memory { total: sim.memory, available, free: available, swap_total, swap_free: swap_total };
+        let free = available - self.cache;
+        let free_large = self.free_large;
+        let swap_free = swap_total;
+        let memory = Memory { total: sim.memory, available, free, free_large, swap_total, swap_free };
         let (swaps, swap_room) = (self.swaps.clone(), self.swap_room());
         Machine { memory, gpus, units, starting, swaps, swap_room, ..Machine::default() }
     }

@@ -146,6 +146,7 @@ fn planner(count: u64) -> Result<()> {
         instead_of: BTreeSet::new(),
         stuck: BTreeSet::new(),
         force: false,
+        no_restore: false,
         explicit: true,
         unknown: None,
         unit_limit: None,

@@ -272,6 +272,7 @@ impl Catalog for RealCatalog {
                 config::Peers::Keep => Peers::Keep,
                 config::Peers::ReplaceIdle => Peers::ReplaceIdle,
             },
+            drop_all_cache: settings.page_cache.drop_all,
             priorities: broken.chain(known).collect(),
             problems: loaded.problems.iter().map(ToString::to_string).collect(),
         })

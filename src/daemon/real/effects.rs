@@ -1,6 +1,6 @@
 //! What is done to the machine, each bounded in time.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use super::page_cache::PageCache;
 use super::store::Files;
 use super::swap::Order;
 use super::units::Units;
+use crate::action::kernel;
 use crate::action::systemd::{Systemd, SystemdError};
 use crate::config::Instance;
 use crate::host::{ControlGroup, Host};
@@ -47,6 +48,8 @@ impl Effects {
     pub async fn perform(&self, effect: Effect) -> Result<(), String> {
         match effect {
             Effect::DropCache(files) => self.drop_cache(files).await,
+            Effect::DropAllCache => blocking("drop the page cache", kernel::drop_all_cache).await,
+            Effect::Compact => blocking("compact memory", kernel::compact).await,
             Effect::Stop(instance) => self.stop(&instance).await,
             Effect::Start(instance) => self.start(&instance).await,
             Effect::Limit(instance, limits) => self.limit(&instance, limits).await,
@@ -149,6 +152,20 @@ impl Effects {
     fn group(&self, instance: &Instance) -> Option<PathBuf> {
         let group: ControlGroup = self.units.get(instance)?.control_group.parse().ok()?;
         Some(self.host.group_directory(&group))
+    }
+}
+
+/// Has the kernel do something on a thread that may block, and tells how long it took.
+async fn blocking(what: &'static str, run: fn(&Path) -> std::io::Result<()>) -> Result<(), String> {
+    let started = std::time::Instant::now();
+    let done = tokio::task::spawn_blocking(move || run(Path::new("/"))).await;
+    match done {
+        Ok(Ok(())) => {
+            tracing::info!("asked the kernel to {what}, which took {} ms", started.elapsed().as_millis());
+            Ok(())
+        }
+        Ok(Err(error)) => Err(format!("the kernel does not {what}: {error}")),
+        Err(error) => Err(format!("the daemon failed to {what}: {error}")),
     }
 }
 

@@ -180,8 +180,7 @@ impl Core {
         }
         match planned {
             Planned::Admit(plan) => {
-                let done =
-                    |step: &Step| matches!(step, Step::DropCache { .. }) && active.steps.contains(step);
+                let done = |step: &Step| active.steps.iter().any(|done| step.is_done_by(done));
                 let next = plan.steps.iter().find(|step| !step.is_setting() && !done(step)).cloned();
                 self.reserve(&active, &plan, Phase::Preparing, now);
                 match next {
@@ -231,6 +230,14 @@ impl Core {
                 let text = format!("dropping {frees_bytes} of cold page cache");
                 self.say(&mut active, text, out);
                 active.stage = Stage::Effect(self.perform(Effect::DropCache(files.clone()), out));
+            }
+            Step::DropAllCache { .. } => {
+                self.say(&mut active, step.to_string(), out);
+                active.stage = Stage::Effect(self.perform(Effect::DropAllCache, out));
+            }
+            Step::Compact { .. } => {
+                self.say(&mut active, step.to_string(), out);
+                active.stage = Stage::Effect(self.perform(Effect::Compact, out));
             }
             Step::Stop { instance: victim, reason, frees_bytes } => {
                 let text = format!("stopping {victim}, which frees {frees_bytes}");

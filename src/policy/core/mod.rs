@@ -109,6 +109,10 @@ pub enum Action {
 pub enum Effect {
     /// Drop the cached pages of these files.
     DropCache(Vec<FileId>),
+    /// Drop the page cache of the whole machine.
+    DropAllCache,
+    /// Move pages about until free memory lies together.
+    Compact,
     /// Stop a unit, cleanly and bounded in time.
     Stop(Instance),
     /// Start a unit; it will ask like any other.
