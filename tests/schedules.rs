@@ -30,7 +30,7 @@ fn deeds(models: usize) -> impl Strategy<Value = Vec<Deed>> {
 /// One model as a line of a scenario.
 fn model(n: usize) -> impl Strategy<Value = String> {
     let placement = prop_oneof![Just("gpu"), Just("mapped"), Just("anonymous")];
-    (1u64..60, placement, 0u8..5, any::<bool>(), 1u64..40, 0u64..5, 0u64..3, 0u64..9).prop_map(
+    (1u64..60, placement, 0u8..5, any::<bool>(), 1u64..40, 0u64..30, 0u64..3, 0u64..9).prop_map(
         move |(weights, placement, priority, shrinks, load, stop, file, oversize)| {
             let minimum = if shrinks { ", context-min = 4096" } else { "" };
             // One in nine is up to twice as large as memory, a tenth of which every token touches, and streams; two
@@ -53,10 +53,16 @@ fn model(n: usize) -> impl Strategy<Value = String> {
 fn machines() -> impl Strategy<Value = (String, usize)> {
     (2usize..8).prop_flat_map(|count| {
         let models: Vec<_> = (0..count).map(model).collect();
-        (models, 40u64..140, 0u64..300).prop_map(move |(models, gtt, disk)| {
+        let crashes = prop::collection::vec((1u64..400, 0..count), 0..3);
+        (models, 40u64..140, 0u64..300, 0u8..8, crashes).prop_map(move |(models, gtt, disk, broken, crashes)| {
+            let crash = |(seconds, n): &(u64, usize)| format!("{{ seconds = {seconds}, crash = 'm{n}' }}");
+            let crashes: Vec<String> = crashes.iter().map(crash).collect();
+            // One in eight kernels takes no swapfile, whatever room the disk has.
             let text = format!(
-                "[machine]\nmemory = '128GiB'\nsystem = '4GiB'\nswap-room = '{disk}GiB'\n\
+                "at = [{}]\n[machine]\nmemory = '128GiB'\nsystem = '4GiB'\nswap-room = '{disk}GiB'\nswap-broken = {}\n\
                  gpus = [{{ name = 'card0', kind = 'unified', total = '{gtt}GiB', used = '0B' }}]\n[models]\n{}\n",
+                crashes.join(", "),
+                broken == 0,
                 models.join("\n")
             );
             (text, count)
@@ -64,8 +70,14 @@ fn machines() -> impl Strategy<Value = (String, usize)> {
     })
 }
 
+/// As many as PROPTEST_CASES says, else so many as take a few seconds.
+fn config() -> ProptestConfig {
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(1000);
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn the_invariants_hold((text, deeds) in machines().prop_flat_map(|(text, n)| (Just(text), deeds(n)))) {

@@ -418,9 +418,9 @@ impl Scene<'_> {
         let (swapped_bytes, missing) = short_of(rung)?;
         let kept = Rung { footprint: rung.footprint.swapping(swapped_bytes), ..rung.clone() };
         let mut plan = self.assemble(&kept, gone.to_vec());
-        let settings = plan.steps.iter().position(Step::is_setting).unwrap_or(plan.steps.len());
         if !missing.is_zero() {
-            plan.steps.insert(settings, Step::AddSwap { bytes: missing });
+            // Before anybody is stopped for it: a file system may refuse to hold it.
+            plan.steps.insert(0, Step::AddSwap { bytes: missing });
         }
         plan.steps.push(Step::Swap { swapped_bytes });
         Some(plan)
