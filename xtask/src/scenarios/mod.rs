@@ -5,6 +5,7 @@ mod admission;
 mod boot;
 mod broken;
 mod daemon;
+mod faults;
 mod fit;
 mod lifecycle;
 mod package;
@@ -56,6 +57,8 @@ scenarios![
     swap::made_by_hand,
     swap::one_larger_than_memory_swaps,
     swap::a_disk_that_takes_none,
+    faults::the_daemon_is_killed_at_each_step,
+    faults::the_model_is_killed_while_it_loads,
     access::group_members_may_load,
     access::engine_is_unprivileged,
     access::secrets_stay_secret,
@@ -66,6 +69,7 @@ scenarios![
     systemd::the_daemons_sandbox_holds,
     boot::rivals_and_impossible_at_boot,
     boot::power_fails,
+    faults::the_power_fails_in_the_middle,
     boot::a_late_mount_starts_its_models,
     package::installs_without_a_package,
     package::purge_keeps_models,

@@ -6,7 +6,7 @@ use plimsoll::bytes::Bytes;
 use plimsoll::daemon::report::{Swap, SwapArea};
 
 /// Where they are by default.
-const DIRECTORY: &str = "/var/lib/plimsoll/swap";
+pub const DIRECTORY: &str = "/var/lib/plimsoll/swap";
 
 fn swap(lab: &Lab) -> Result<Swap> {
     let text = lab.guest.ok("plimsoll swap --json")?;
@@ -20,7 +20,8 @@ fn only(lab: &Lab) -> Result<SwapArea> {
     areas.into_iter().next().context("no area")
 }
 
-fn none_left(lab: &Lab) -> Result<()> {
+/// Fails where swap, a swapfile or the failed unit of an order is left.
+pub fn none_left(lab: &Lab) -> Result<()> {
     let left =
         lab.guest.ok(&format!("tail -n +2 /proc/swaps; find {DIRECTORY} -type f 2>/dev/null; true"))?;
     ensure!(left.is_empty(), "swap is left: {left}");
