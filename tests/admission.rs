@@ -236,6 +236,24 @@ fn available_memory_is_made_free_for_a_large_load_and_for_no_other() {
 }
 
 #[test]
+fn a_daemon_that_dies_while_it_stops_a_model_does_not_start_it_again_before_who_needs_the_room() {
+    let mut s = machine(
+        "first = { weights = '45GiB', placement = 'anonymous', priority = 10, stop-seconds = 0 }
+         second = { weights = '45GiB', placement = 'anonymous', priority = 20, stop-seconds = 5 }
+         high = { weights = '85GiB', placement = 'anonymous', priority = 80 }",
+    );
+    s.start("first").start("second").run(60).start("high").run(2);
+    assert_eq!((s.state("first"), s.state("second")), (UnitState::Inactive, UnitState::Deactivating));
+    s.restart_daemon();
+    s.run(60);
+    assert_eq!(s.running(), ["high"]);
+    assert_eq!(s.decisions.iter().filter(|d| d.kind == Kind::Restore).count(), 0);
+    s.stop("high").run(120);
+    assert_eq!(s.running(), ["first", "second"]);
+    sound(&s);
+}
+
+#[test]
 fn unmapped_instances_are_charged_each() {
     let mut s = machine("copy = { weights = '60GiB', placement = 'anonymous' }");
     s.start("copy").run(30).start("copy@2").run(30);

@@ -37,7 +37,10 @@ impl Core {
                 self.defer(&instance, now);
             }
         }
-        let busy = self.active.is_some() || !self.pending.is_empty();
+        // Whoever is on its way to the gate comes first: after a restart of the daemon that may be the one for which
+        // others were stopped.
+        let arriving = machine.starting.iter().any(|instance| !self.holders.contains_key(instance));
+        let busy = self.active.is_some() || !self.pending.is_empty() || arriving;
         if busy || machine.stopping || self.rules.mode == Mode::Observe || self.owed.is_empty() {
             return;
         }
