@@ -91,11 +91,10 @@ pub(super) fn hold(args: &Hold) -> Result<Exit, Failure> {
             "'plimsoll hold' is a part of 'plimsoll run', and nothing to be started by hand",
         ));
     }
+    let unread = |error: String| Failure::failed(format!("what is to be kept can't be read: {error}"));
     let mut orders = Vec::new();
-    let read = io::stdin().take(LONGEST).read_to_end(&mut orders);
-    let parts = read.map_err(|error| Failure::failed(error.to_string()));
-    let parts: Vec<Part> = serde_json::from_slice(&orders)
-        .map_err(|error| parts.err().unwrap_or(Failure::failed(error.to_string())))?;
+    io::stdin().take(LONGEST).read_to_end(&mut orders).map_err(|error| unread(error.to_string()))?;
+    let parts: Vec<Part> = serde_json::from_slice(&orders).map_err(|error| unread(error.to_string()))?;
     let mut out = io::stdout();
     // Nobody who listens is left when this process is, too.
     let mut say = |text: &str| writeln!(out, "{text}").and_then(|()| out.flush());
