@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use plimsoll::bytes::Bytes;
 use plimsoll::ledger::UnitState;
 use plimsoll::policy::decision::Kind;
-use plimsoll::sim::{Scenario, Simulation};
+use plimsoll::sim::{Scenario, Scripted, Simulation};
 use proptest::prelude::*;
 
 #[derive(Clone, Debug)]
@@ -100,8 +100,9 @@ proptest! {
         for (n, decision) in s.decisions.iter().enumerate().filter(|(_, d)| d.kind == Kind::Evict) {
             let winner = decision.for_instance.as_ref().unwrap();
             prop_assert!(priority(decision.instance.model.as_str()) < priority(winner.model.as_str()));
-            // A person who stops the winner half-way, or a daemon that dies, makes it another story.
-            let undisturbed = deeds.iter().all(|deed| match deed {
+            // A person who stops the winner half-way, a winner that crashes or a daemon that dies makes it another story.
+            let crashes = |happening: &Scripted| happening.crash.as_ref().is_some_and(|i| i.model == winner.model);
+            let undisturbed = !scenario.at.iter().any(crashes) && deeds.iter().all(|deed| match deed {
                 Deed::Stop(n) => models[*n].0 != winner.model,
                 Deed::RestartDaemon => false,
                 Deed::Start(_) | Deed::Run(_) => true,
