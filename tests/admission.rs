@@ -453,6 +453,34 @@ fn a_model_larger_than_memory_runs_with_a_swapfile_that_goes_with_it() {
 }
 
 #[test]
+fn a_daemon_that_dies_before_the_model_is_admitted_leaves_it_the_swapfile() {
+    let mut s = with_disk(&format!(
+        "small = {{ weights = '30GiB', placement = 'anonymous', stop-seconds = 5 }}\n{MONSTER}"
+    ));
+    s.start("small").run(60);
+    s.start("monster").run(2);
+    assert_eq!(s.state("small"), UnitState::Deactivating);
+    let made = s.world.observe().swaps;
+    s.restart_daemon();
+    s.run(60);
+    assert_eq!(s.running(), ["monster"]);
+    assert_eq!(s.world.observe().swaps, made, "the file that was made for it serves it");
+    sound(&s);
+}
+
+#[test]
+fn a_swapfile_on_its_way_out_is_counted_on_by_nobody() {
+    let mut s = with_disk(MONSTER);
+    s.start("monster").run(60);
+    s.stop("monster").run(1);
+    s.start("monster").run(1);
+    assert!(s.core.waiting().any(|(_, told)| told.contains("is being removed")));
+    s.run(60);
+    assert_eq!((s.running(), s.world.observe().swaps.len()), (vec!["monster".to_owned()], 1));
+    sound(&s);
+}
+
+#[test]
 fn swap_is_no_help_beyond_what_may_be_swapped_or_what_the_disk_holds() {
     // All but 20 GiB of it may be swapped, and 120 remain.
     let mut s = with_disk("monster = { weights = '300GiB', placement = 'anonymous', swap = '120GiB' }");

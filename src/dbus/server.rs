@@ -16,7 +16,8 @@ use crate::action::notify::Notifier;
 use crate::action::systemd::{Systemd, SystemdError};
 use crate::daemon::catalog::RealCatalog;
 use crate::daemon::real::{
-    Effects, Files, Gate, PageCache, RealPorts, SwapFiles, Units, carry_out, follow, past_the_gate,
+    Effects, Files, Gate, PageCache, RealPorts, SwapFiles, Units, call_off_removals, carry_out, follow,
+    past_the_gate,
 };
 use crate::daemon::{Daemon, Input, Parts, journal, signals};
 use crate::host::Host;
@@ -91,6 +92,7 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
     let (unit_events, happened) = mpsc::unbounded_channel();
     let _watch = systemd.watch(unit_events).await.map_err(no_systemd)?;
     units.fill(&systemd).await.map_err(no_systemd)?;
+    call_off_removals(&systemd).await;
 
     let catalog = Arc::new(RealCatalog::new(root));
     let cache = Arc::new(PageCache::default());

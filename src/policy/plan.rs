@@ -320,11 +320,16 @@ pub fn plan(request: &Request, situation: Situation<'_>) -> Planned {
         r.phase == Phase::Stopping
             || (matches!(r.phase, Phase::Loading | Phase::Preparing) && scene.yields(r))
     });
-    if !busy.is_empty() && scene.fits(smallest, &[&base[..], &evictable, &busy].concat()) {
-        return scene.wait(busy);
-    }
     let everyone = [&base[..], &evictable].concat();
-    if let Some(plan) = scene.stream(&everyone).or_else(|| scene.swap(&everyone)) {
+    let oversized = |gone: &[usize]| scene.stream(gone).or_else(|| scene.swap(gone));
+    if !busy.is_empty() {
+        // The more that has come back, the less of it is left on disk or in swap.
+        let all = [&everyone[..], &busy].concat();
+        if scene.fits(smallest, &all) || oversized(&all).is_some() {
+            return scene.wait(busy);
+        }
+    }
+    if let Some(plan) = oversized(&everyone) {
         return Planned::Admit(plan);
     }
     if request.force {

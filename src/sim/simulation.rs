@@ -63,7 +63,8 @@ impl Simulation {
         self.core = Core::new(rules, self.saved.clone(), true);
         self.core.configure(rules, priorities);
         self.wake = None;
-        self.world.ask_again();
+        self.world.daemon_restarted();
+        // It looks about before anybody has noticed that it is back.
         self.step(Event::Tick);
     }
 

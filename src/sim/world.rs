@@ -13,6 +13,8 @@ use crate::policy::{ActionId, Event, Outcome, Refusal};
 
 /// How long a started unit takes to ask; milliseconds.
 const TO_ASK: u64 = 50;
+/// How long what is in a swapfile takes to be read back; milliseconds.
+const SWAPOFF: u64 = 2000;
 
 /// What comes out of the world as time passes.
 #[derive(Clone, Debug)]
@@ -30,6 +32,7 @@ enum Happening {
     Stopped(Instance, Vec<ActionId>),
     Scripted(Scripted),
     Outcome(ActionId, Outcome),
+    SwapRemoved(SwapName, ActionId),
 }
 
 /// A simulated unit.
@@ -173,6 +176,10 @@ impl World {
                 out.push(tick);
             }
             Happening::Outcome(id, outcome) => out.push(Emitted::Outcome(id, outcome)),
+            Happening::SwapRemoved(name, id) => {
+                self.swaps.retain(|area| area.own() != Some(name));
+                out.push(Emitted::Outcome(id, Outcome::Done));
+            }
         }
     }
 
@@ -259,10 +266,7 @@ impl World {
                 let outcome = self.add_swap(*owner, *bytes);
                 self.later(30, Happening::Outcome(id, outcome));
             }
-            Effect::RemoveSwap(name) => {
-                self.swaps.retain(|area| area.own() != Some(*name));
-                self.later(30, Happening::Outcome(id, Outcome::Done));
-            }
+            Effect::RemoveSwap(name) => self.later(SWAPOFF, Happening::SwapRemoved(*name, id)),
         }
     }
 
@@ -291,9 +295,20 @@ impl World {
         swapped - self.swaps.iter().map(|area| area.size).sum()
     }
 
-    /// Whoever waits for an answer asks again, as `plimsoll run` does when the daemon's name has a
-    /// new owner.
-    pub fn ask_again(&mut self) {
+    /// The daemon is another one: nobody hears of what the last one began, a swapoff under way ends with nothing
+    /// done, and whoever waits for an answer asks again, as `plimsoll run` does when the daemon's name has a new owner.
+    pub fn daemon_restarted(&mut self) {
+        self.ahead.retain(|_, happening| match happening {
+            Happening::Outcome(..) | Happening::SwapRemoved(..) => false,
+            Happening::Stopped(_, ids) => {
+                ids.clear();
+                true
+            }
+            Happening::Asks(..) | Happening::Loaded(..) | Happening::Scripted(_) => true,
+        });
+        for unit in self.units.values_mut() {
+            unit.starts.clear();
+        }
         for instance in std::mem::take(&mut self.tickets).into_values() {
             let Some(unit) = self.units.get_mut(&instance) else { continue };
             unit.asked = false;

@@ -13,7 +13,7 @@ pub use gate::Gate;
 pub use page_cache::PageCache;
 pub use ports::RealPorts;
 pub use store::Files;
-pub use swap::{Order, SwapFiles, carry_out};
+pub use swap::{Order, SwapFiles, call_off_removals, carry_out};
 pub use units::{Units, follow};
 
 use crate::config::Instance;

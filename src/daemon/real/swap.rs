@@ -8,12 +8,14 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::action::swapfile::{Directory, SwapfileError, found, layout, rooms};
+use crate::action::systemd::Systemd;
 use crate::bytes::Bytes;
 use crate::config;
 use crate::host::Host;
-use crate::ledger::{SwapArea, SwapName, SwapOwner};
+use crate::ledger::{SwapArea, SwapName, SwapOwner, UnitState};
 
 /// What a swap unit is to do; as text it is the unit's instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,6 +121,22 @@ pub fn carry_out(root: &Path, order: &str) -> Result<String, String> {
                 }
             }
             if failed.is_empty() { Ok("all swapfiles removed".to_owned()) } else { Err(failed.join("; ")) }
+        }
+    }
+}
+
+/// How long an order may take to end when it is called off: a swapoff(2) returns on a signal.
+const CALLED_OFF: Duration = Duration::from_secs(10);
+
+/// Calls off what the daemon before this one wanted removed: it would go from under whoever is about to count on it.
+/// What nobody needs is removed again.
+pub async fn call_off_removals(systemd: &Systemd) {
+    let pattern = "plimsoll-swap@remove-*.service";
+    let under_way = systemd.units(pattern).await.unwrap_or_default();
+    for unit in under_way.iter().filter(|unit| unit.state == UnitState::Activating) {
+        match systemd.stop(&unit.name, None, CALLED_OFF).await {
+            Ok(_) => tracing::info!("{} is called off: it was ordered before this start", unit.name),
+            Err(error) => tracing::warn!("{} can't be called off: {error}", unit.name),
         }
     }
 }

@@ -134,6 +134,10 @@ impl Core {
             self.tell(0, format!("waiting: {expected} has a higher priority and is starting too"), out);
             return None;
         }
+        if self.is_retiring() && first.request.swap.is_some() {
+            self.tell(0, "waiting: a swapfile that nobody needed is being removed".to_owned(), out);
+            return None;
+        }
         match plan(&first.request, self.situation(machine, now)) {
             Planned::Wait(wait) if now < first.arrived + PATIENCE => {
                 self.wake_at(first.arrived + PATIENCE);

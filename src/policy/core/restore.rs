@@ -39,8 +39,7 @@ impl Core {
         }
         // Whoever is on its way to the gate comes first: after a restart of the daemon that may be the one for which
         // others were stopped.
-        let arriving = machine.starting.iter().any(|instance| !self.holders.contains_key(instance));
-        let busy = self.active.is_some() || !self.pending.is_empty() || arriving;
+        let busy = self.active.is_some() || !self.pending.is_empty() || self.is_expecting(machine);
         if busy || machine.stopping || self.rules.mode == Mode::Observe || self.owed.is_empty() {
             return;
         }
@@ -81,6 +80,11 @@ impl Core {
             self.record(decision, out);
             return;
         }
+    }
+
+    /// Whether somebody is on the way to the gate.
+    pub(super) fn is_expecting(&self, machine: &Machine) -> bool {
+        machine.starting.iter().any(|instance| !self.holders.contains_key(instance))
     }
 
     /// Takes in the outcome of a start; false when `id` is none of a return.

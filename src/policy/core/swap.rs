@@ -22,10 +22,11 @@ pub(super) struct Retiring {
 
 impl Core {
     /// Removes one swapfile that no model needs any more, or that was left behind: only while nothing else is
-    /// done, and only when what it holds fits in memory.
+    /// done and nobody is about to ask, and only when what it holds fits in memory. After a restart of the daemon
+    /// who asks next may be the one that it was made for.
     pub(super) fn retire(&mut self, machine: &Machine, now: u64, out: &mut Vec<Action>) {
-        let busy = self.active.is_some() || self.retiring.under_way.is_some();
-        if busy || machine.stopping || self.rules.mode == Mode::Observe {
+        let wanted = self.active.is_some() || !self.pending.is_empty() || self.is_expecting(machine);
+        if wanted || self.is_retiring() || machine.stopping || self.rules.mode == Mode::Observe {
             return;
         }
         let Some(name) = self.unneeded(machine) else { return };
@@ -36,6 +37,11 @@ impl Core {
         }
         let id = self.perform(Effect::RemoveSwap(name), out);
         self.retiring.under_way = Some((id, name));
+    }
+
+    /// Whether a swapfile is being removed: the machine still shows it, and nobody can count on it.
+    pub(super) fn is_retiring(&self) -> bool {
+        self.retiring.under_way.is_some()
     }
 
     /// The models that need a swapfile to stay, if any do: without it what is promised to them is not there.
