@@ -99,7 +99,7 @@ proptest! {
         // Only strictly lower priorities went, and not for one that was refused in the end.
         for (n, decision) in s.decisions.iter().enumerate().filter(|(_, d)| d.kind == Kind::Evict) {
             let winner = decision.for_instance.as_ref().unwrap();
-            prop_assert!(priority(decision.instance.model.as_str()) < priority(winner.model.as_str()));
+            prop_assert!(priority(decision.instance.as_ref().unwrap().model.as_str()) < priority(winner.model.as_str()));
             // A person who stops the winner half-way, a winner that crashes or a daemon that dies makes it another story.
             let crashes = |happening: &Scripted| happening.crash.as_ref().is_some_and(|i| i.model == winner.model);
             let undisturbed = !scenario.at.iter().any(crashes) && deeds.iter().all(|deed| match deed {
@@ -107,7 +107,7 @@ proptest! {
                 Deed::RestartDaemon => false,
                 Deed::Start(_) | Deed::Run(_) => true,
             });
-            let verdict = s.decisions[n..].iter().find(|d| d.instance == *winner && d.kind != Kind::Wait);
+            let verdict = s.decisions[n..].iter().find(|d| d.instance.as_ref() == Some(winner) && d.kind != Kind::Wait);
             let in_vain = verdict.is_some_and(|d| d.kind == Kind::Refuse);
             prop_assert!(!undisturbed || !in_vain, "{decision:?} was in vain: {verdict:?}");
         }

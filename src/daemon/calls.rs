@@ -73,7 +73,11 @@ impl Daemon {
                 let _ = reply.send(view::status(&self.core, &machine, &models, problems));
             }
             Command::Explain(instance, reply) => {
-                let last = self.core.decisions().rev().find(|decision| decision.instance == instance);
+                let last = self
+                    .core
+                    .decisions()
+                    .rev()
+                    .find(|decision| decision.instance.as_ref() == Some(&instance));
                 let _ = reply.send(last.cloned());
             }
         }

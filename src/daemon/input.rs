@@ -111,9 +111,9 @@ pub enum Publication {
     Decision(Box<Decision>),
     /// What an instance waits for.
     Progress(Instance, String),
-    /// An instance is about to be stopped for another, at a time in microseconds of
-    /// CLOCK_MONOTONIC.
-    AboutToEvict(Instance, Instance, u64),
+    /// An instance is about to be stopped for another (or for none, to keep the machine afloat), at a time in
+    /// microseconds of CLOCK_MONOTONIC.
+    AboutToEvict(Instance, Option<Instance>, u64),
     /// Where a job is.
     JobProgress(u32, String),
     /// A job has ended.

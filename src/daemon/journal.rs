@@ -7,6 +7,7 @@
 use tracing_subscriber::fmt::format::debug_fn;
 use tracing_subscriber::prelude::*;
 
+use crate::config::Instance;
 use crate::policy::Decision;
 use crate::policy::decision::Kind;
 
@@ -21,6 +22,7 @@ pub const fn message_id(kind: Kind) -> &'static str {
         Kind::Expire => "2936332cf21246d3b8fa7ad063540a92",
         Kind::Restore => "8a7d792f394048b7a847c9c76f4dad77",
         Kind::Quarantine => "daf8970e95474deea3cbf623121f7ac9",
+        Kind::Relieve => "7c1f0e6a3b9d4c52a8e4d1b7f06c93ea",
     }
 }
 
@@ -34,6 +36,7 @@ const fn word(kind: Kind) -> &'static str {
         Kind::Expire => "expire",
         Kind::Restore => "restore",
         Kind::Quarantine => "quarantine",
+        Kind::Relieve => "relieve",
     }
 }
 
@@ -67,12 +70,13 @@ pub fn start() {
 /// Logs a decision.
 pub fn record(decision: &Decision) {
     let kind = decision.kind;
-    let other = decision.for_instance.as_ref().map(ToString::to_string).unwrap_or_default();
+    let name = |instance: &Option<Instance>| instance.as_ref().map(ToString::to_string).unwrap_or_default();
+    let (model, other) = (name(&decision.instance), name(&decision.for_instance));
     macro_rules! entry {
         ($level:ident) => {
             tracing::$level!(
                 MESSAGE_ID = message_id(kind),
-                PLIMSOLL_MODEL = %decision.instance,
+                PLIMSOLL_MODEL = model,
                 PLIMSOLL_DECISION = word(kind),
                 PLIMSOLL_FOR = other,
                 PLIMSOLL_BYTES = decision.bytes.0,
@@ -83,7 +87,7 @@ pub fn record(decision: &Decision) {
         };
     }
     match kind {
-        Kind::Quarantine => entry!(warn),
+        Kind::Quarantine | Kind::Relieve => entry!(warn),
         _ => entry!(info),
     }
 }
@@ -102,6 +106,7 @@ mod tests {
             Kind::Expire,
             Kind::Restore,
             Kind::Quarantine,
+            Kind::Relieve,
         ];
         let ids: std::collections::BTreeSet<&str> = kinds.into_iter().map(message_id).collect();
         assert_eq!(ids.len(), kinds.len());

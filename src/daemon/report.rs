@@ -154,9 +154,9 @@ pub struct Model {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Decision {
-    /// What was done: `admit`, `refuse`, `wait`, `evict`, `expire`, `restore`, `quarantine`.
+    /// What was done: `admit`, `refuse`, `wait`, `evict`, `expire`, `restore`, `quarantine`, `relieve`.
     pub kind: String,
-    /// Whom it is about.
+    /// Whom it is about; empty where it is the machine.
     pub instance: String,
     /// For whom, where one model had to go for another.
     pub for_instance: Option<String>,

@@ -42,6 +42,8 @@ impl Ports for Fake {
             Effect::Limit(instance, _) => format!("limit {instance}"),
             Effect::AddSwap(_, bytes) => format!("add {bytes} of swap"),
             Effect::RemoveSwap(name) => format!("remove swap {name}"),
+            Effect::Reclaim(instance, bytes) => format!("reclaim {bytes} of {instance}"),
+            Effect::Kill(instance) => format!("kill {instance}"),
         });
         done(id, Outcome::Done);
     }

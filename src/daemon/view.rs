@@ -147,7 +147,7 @@ fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&Mo
         (UnitState::Activating, None) => "waiting",
         (UnitState::Inactive, _) => "inactive",
     };
-    let last = core.decisions().rev().find(|decision| decision.instance == *instance);
+    let last = core.decisions().rev().find(|decision| decision.instance.as_ref() == Some(instance));
     let broken = info.and_then(|info| info.broken.clone());
     let owed = core.owed().iter().find(|owed| owed.instance == *instance && holder.is_none());
     let message = match (waits, last) {
@@ -184,7 +184,10 @@ fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&Mo
 
 /// What is said of one that is owed a return.
 fn returns(owed: &Owed) -> String {
-    format!("it was stopped for {} and comes back when there is room", owed.for_instance)
+    match &owed.for_instance {
+        Some(other) => format!("it was stopped for {other} and comes back when there is room"),
+        None => "it was stopped to keep the machine afloat and comes back when there is room".to_owned(),
+    }
 }
 
 /// The address of an instance, from that of the first one.
@@ -227,7 +230,7 @@ pub(super) fn planned(request: &Request, planned: Planned, now: u64) -> Decision
     let instance = request.instance.clone();
     let decision = |kind, verdict, text| Decision {
         kind,
-        instance: instance.clone(),
+        instance: Some(instance.clone()),
         for_instance: None,
         verdict,
         at_msec: now,
@@ -236,6 +239,7 @@ pub(super) fn planned(request: &Request, planned: Planned, now: u64) -> Decision
         basis: Basis::default(),
         steps: Vec::new(),
         refusal: None,
+        relief: None,
         observed: false,
         text,
     };

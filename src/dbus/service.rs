@@ -399,7 +399,8 @@ async fn emit(connection: &Connection, publication: Publication) -> Result<(), E
             Manager::admit_progress(&emitter, &instance.to_string(), &text).await?;
         }
         Publication::AboutToEvict(instance, other, deadline) => {
-            Manager::about_to_evict(&emitter, &instance.to_string(), &other.to_string(), deadline).await?;
+            let other = other.map(|other| other.to_string()).unwrap_or_default();
+            Manager::about_to_evict(&emitter, &instance.to_string(), &other, deadline).await?;
         }
         Publication::JobProgress(number, text) => {
             let job = connection.object_server().interface::<_, JobObject>(job_path(number)?).await?;

@@ -41,6 +41,11 @@ pub struct Machine {
     pub swaps: Vec<SwapArea>,
     /// What swapfiles of the daemon's own may still be made, by its settings and by what is free on their disks.
     pub swap_room: Bytes,
+    /// How memory is running short, where it is.
+    pub pressure: Pressure,
+    /// The control group outside of llm.slice that grows the most, where one grows, and what it holds without clean
+    /// page cache: named when nothing of ours can help.
+    pub eater: Option<(String, Bytes)>,
     /// The machine is going down (or a stop job stands for the daemon): nothing may be started.
     pub stopping: bool,
 }
@@ -64,6 +69,21 @@ pub struct Memory {
     /// SwapFree.
     #[serde(default)]
     pub swap_free: Bytes,
+}
+
+/// Memory pressure on the whole machine, since the last reading.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct Pressure {
+    /// The share of the time in which some task waited for memory, by PSI; per mille. None without PSI.
+    pub some: Option<u16>,
+    /// The share of the time in which all tasks did; per mille. None without PSI.
+    pub full: Option<u16>,
+    /// How fast available memory goes down now; bytes per second, zero while it rises.
+    pub falling: Bytes,
+    /// How fast it can be expected to go down at most on this machine; bytes per second, zero while that is not known.
+    /// It sets how often the machine has to be looked at, and never what is done.
+    pub fastest: Bytes,
 }
 
 /// What kind of memory a GPU computes from.
@@ -103,6 +123,11 @@ pub struct Unit {
     pub measured: Measured,
     /// CPU time used so far, from its cgroup's cpu.stat; microseconds. It shows activity.
     pub cpu_usec: u64,
+    /// The share of the time since the last reading in which all tasks of its own control group waited for memory;
+    /// per mille, none without PSI.
+    pub stalled: Option<u16>,
+    /// How many of its processes the kernel has killed for want of memory: `oom_kill` of memory.events.
+    pub oom_kills: u64,
     /// Largest MemoryMax that the administrator allows this unit, where one is set.
     pub admin_limit: Option<Bytes>,
 }

@@ -6,7 +6,7 @@ use super::plan::Step;
 use super::refusal::Refusal;
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::Basis;
+use crate::ledger::{Basis, Pool};
 
 /// What was decided, in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +57,65 @@ pub enum Kind {
     Restore,
     /// Memory that a stopped model did not give back.
     Quarantine,
+    /// Something was done, or would have been, to keep the machine afloat.
+    Relieve,
+}
+
+/// How short memory is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Level {
+    /// Not at all.
+    #[default]
+    Calm,
+    /// The reserve is being used up: what does no harm is done.
+    Attention,
+    /// Half of it is gone: models are stopped.
+    Act,
+    /// The machine itself is in danger.
+    Critical,
+}
+
+/// What is done to keep the machine afloat, least harm first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rescue {
+    /// Cold page cache is dropped.
+    DropCache,
+    /// Memory is taken back from an idle model that may swap.
+    Reclaim,
+    /// A swapfile is made for models that may swap.
+    AddSwap,
+    /// A model idle past its ttl is stopped.
+    Expire,
+    /// A model is stopped.
+    Stop,
+    /// A model is killed.
+    Kill,
+    /// Nothing that models could give back would help.
+    Nothing,
+}
+
+/// The numbers of what is done to keep the machine afloat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Relief {
+    /// What is done.
+    pub rescue: Rescue,
+    /// How short memory was.
+    pub level: Level,
+    /// Which memory.
+    pub pool: Pool,
+    /// How much of it was left, without what running models would read from disk again.
+    pub headroom_bytes: Bytes,
+    /// How fast it went down, beyond what loading models are granted; bytes per second.
+    pub falling_bytes: Bytes,
+    /// What would have been enough.
+    pub needed_bytes: Bytes,
+    /// What was expected to come back.
+    pub expected_bytes: Bytes,
+    /// What has come back; none while that is not known.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub gained_bytes: Option<Bytes>,
 }
 
 /// A decision and its numbers.
@@ -64,8 +123,9 @@ pub enum Kind {
 pub struct Decision {
     /// What was done.
     pub kind: Kind,
-    /// To whom.
-    pub instance: Instance,
+    /// To whom; none where it is about the machine.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub instance: Option<Instance>,
     /// For whom, where one model had to go for another.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub for_instance: Option<Instance>,
@@ -86,6 +146,9 @@ pub struct Decision {
     /// The numbers of a refusal.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub refusal: Option<Box<Refusal>>,
+    /// The numbers of what was done to keep the machine afloat.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub relief: Option<Relief>,
     /// Only observed: what would have been done was not.
     #[serde(skip_serializing_if = "std::ops::Not::not", default)]
     pub observed: bool,

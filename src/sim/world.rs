@@ -16,6 +16,9 @@ const TO_ASK: u64 = 50;
 /// How long what is in a swapfile takes to be read back; milliseconds.
 const SWAPOFF: u64 = 2000;
 
+/// How long a killed unit takes to be gone; milliseconds.
+const KILL: u64 = 50;
+
 /// What comes out of the world as time passes.
 #[derive(Clone, Debug)]
 pub enum Emitted {
@@ -242,6 +245,14 @@ impl World {
         self.later(after, Happening::Stopped(instance.clone(), id.into_iter().collect()));
     }
 
+    /// Kills a unit, which gives back at once.
+    fn kill(&mut self, instance: &Instance, id: ActionId) {
+        if let Some(unit) = self.units.get_mut(instance).filter(|unit| unit.state.is_alive()) {
+            unit.state = UnitState::Deactivating;
+        }
+        self.later(KILL, Happening::Stopped(instance.clone(), vec![id]));
+    }
+
     /// Does what the decisions want done.
     pub fn perform(&mut self, id: ActionId, effect: &Effect) {
         match effect {
@@ -254,6 +265,9 @@ impl World {
                 }
                 self.later(1, Happening::Outcome(id, Outcome::Done));
             }
+            // Nothing of it is modelled yet.
+            Effect::Reclaim(..) => self.later(1, Happening::Outcome(id, Outcome::Done)),
+            Effect::Kill(instance) => self.kill(instance, id),
             Effect::DropAllCache => {
                 self.cache = Bytes::ZERO;
                 self.later(1, Happening::Outcome(id, Outcome::Done));

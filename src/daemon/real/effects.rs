@@ -53,6 +53,8 @@ impl Effects {
             Effect::Stop(instance) => self.stop(&instance).await,
             Effect::Start(instance) => self.start(&instance).await,
             Effect::Limit(instance, limits) => self.limit(&instance, limits).await,
+            Effect::Reclaim(..) => Err("taking memory back is not implemented yet".to_owned()),
+            Effect::Kill(..) => Err("killing a unit is not implemented yet".to_owned()),
             Effect::AddSwap(owner, bytes) => self.order(Order::Add(owner, bytes, boot_msec())).await,
             Effect::RemoveSwap(name) => {
                 let in_use = self.host.swaps().unwrap_or_default();

@@ -10,7 +10,7 @@ use super::units::Units;
 use crate::action::systemd::UnitStatus;
 use crate::config::Instance;
 use crate::host::{Card, ControlGroup, Host};
-use crate::ledger::{Gpu, Machine, Memory, Unit};
+use crate::ledger::{Gpu, Machine, Memory, Pressure, Unit};
 use crate::policy::core::Effect;
 use crate::policy::{ActionId, Outcome, Refusal};
 use crate::ports::{Outcomes, Ports};
@@ -112,6 +112,8 @@ impl Ports for RealPorts {
             cached: self.cache.cached(),
             swaps,
             swap_room,
+            pressure: Pressure::default(),
+            eater: None,
             stopping: self.units.stopping(),
         }
     }

@@ -162,7 +162,7 @@ impl Core {
     }
 
     fn refused_since(&self, instance: &Instance, since: u64) -> bool {
-        let last = self.decisions.iter().rev().find(|d| d.instance == *instance);
+        let last = self.decisions.iter().rev().find(|d| d.instance.as_ref() == Some(instance));
         last.is_some_and(|d| d.kind == Kind::Refuse && d.at_msec >= since)
     }
 
@@ -295,11 +295,14 @@ impl Core {
             StopReason::Named => (Kind::Evict, "named to go"),
         };
         if kind == Kind::Evict {
-            out.push(Action::AboutToEvict { instance: victim.clone(), for_instance: for_instance.clone() });
+            out.push(Action::AboutToEvict {
+                instance: victim.clone(),
+                for_instance: Some(for_instance.clone()),
+            });
             self.owed.retain(|owed| owed.instance != *victim);
             self.owed.push(Owed {
                 instance: victim.clone(),
-                for_instance: for_instance.clone(),
+                for_instance: Some(for_instance.clone()),
                 reservation: owed.clone(),
                 attempts: 0,
                 not_before: 0,
@@ -307,7 +310,7 @@ impl Core {
         }
         let decision = Decision {
             kind,
-            instance: victim.clone(),
+            instance: Some(victim.clone()),
             for_instance: Some(for_instance.clone()),
             verdict: Verdict::FitsAfter,
             at_msec: now,
@@ -316,6 +319,7 @@ impl Core {
             basis: Basis::default(),
             steps: Vec::new(),
             refusal: None,
+            relief: None,
             observed: false,
             text: format!("{victim} is stopped for {for_instance}: {why}, frees {frees}"),
         };
@@ -348,7 +352,7 @@ impl Core {
             self.leaks.push(Leak { instance: instance.clone(), pool, bytes, since: now });
             let decision = Decision {
                 kind: Kind::Quarantine,
-                instance: instance.clone(),
+                instance: Some(instance.clone()),
                 for_instance: Some(active.pending.request.instance.clone()),
                 verdict: Verdict::FitsAfter,
                 at_msec: now,
@@ -357,6 +361,7 @@ impl Core {
                 basis: Basis::default(),
                 steps: Vec::new(),
                 refusal: None,
+                relief: None,
                 observed: false,
                 text: format!("{instance} was stopped but {bytes} of its memory did not come back"),
             };
@@ -406,7 +411,7 @@ impl Core {
         let steps: Vec<String> = active.steps.iter().map(ToString::to_string).collect();
         let decision = Decision {
             kind: Kind::Admit,
-            instance: instance.clone(),
+            instance: Some(instance.clone()),
             for_instance: None,
             verdict: Verdict::after(&active.steps),
             at_msec: now,
@@ -414,6 +419,7 @@ impl Core {
             bytes,
             steps: active.steps,
             refusal: None,
+            relief: None,
             observed: false,
             text: format!(
                 "{instance} is admitted with {bytes}{basis} at context {context}{after}{}",
@@ -431,7 +437,7 @@ impl Core {
         self.defer(&instance, now);
         let decision = Decision {
             kind: Kind::Refuse,
-            instance,
+            instance: Some(instance),
             for_instance: None,
             verdict: match refusal.kind {
                 RefusalKind::UnknownSize(_) => Verdict::Unknown,
@@ -443,6 +449,7 @@ impl Core {
             basis: refusal.basis.clone(),
             steps: active.steps,
             refusal: Some(refusal.clone()),
+            relief: None,
             observed: false,
             text: refusal.to_string(),
         };
@@ -484,13 +491,14 @@ impl Core {
             steps,
             refusal,
             for_instance: None,
+            relief: None,
             observed: true,
             text: format!(
                 "{instance} is admitted with {bytes}{} at context {context}, only observing{would}",
                 rung.basis
             ),
             basis: rung.basis,
-            instance,
+            instance: Some(instance),
         };
         self.record(decision, out);
         out.push(Action::Answer { ticket: active.pending.ticket, answer: Ok(context) });

@@ -30,9 +30,10 @@ impl Core {
                 basis: Basis::default(),
                 steps: Vec::new(),
                 refusal: None,
+                relief: None,
                 observed: false,
                 text: format!("{instance} is stopped: idle past its ttl, frees {bytes}"),
-                instance,
+                instance: Some(instance),
             };
             self.record(decision, out);
         }

@@ -95,8 +95,8 @@ pub enum Action {
     AboutToEvict {
         /// Which is to go.
         instance: Instance,
-        /// For whom.
-        for_instance: Instance,
+        /// For whom; none where it is to keep the machine afloat.
+        for_instance: Option<Instance>,
     },
     /// Log, publish and remember a decision.
     Record(Box<Decision>),
@@ -121,6 +121,11 @@ pub enum Effect {
     Limit(Instance, Limits),
     /// Make a swapfile of this size (or several, on several disks), and use it.
     AddSwap(SwapOwner, Bytes),
+    /// Have the kernel take so much back from a unit's control group, by memory.reclaim. Less than that is no failure.
+    Reclaim(Instance, Bytes),
+    /// Kill a unit's control group at once (cgroup.kill), and have the unit stopped, so that it does not come back by
+    /// Restart=.
+    Kill(Instance),
     /// Take a swapfile out of use and remove it; one that is not in use is only removed.
     RemoveSwap(SwapName),
 }
@@ -149,8 +154,9 @@ pub struct Saved {
 pub struct Owed {
     /// Who.
     pub instance: Instance,
-    /// For whom it had to go.
-    pub for_instance: Instance,
+    /// For whom it had to go; none where it was to keep the machine afloat.
+    #[serde(default)]
+    pub for_instance: Option<Instance>,
     /// What it held.
     pub reservation: Reservation,
     /// How often its return was tried.

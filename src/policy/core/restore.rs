@@ -73,9 +73,10 @@ impl Core {
                 basis,
                 steps: Vec::new(),
                 refusal: None,
+                relief: None,
                 observed: false,
                 text: format!("{instance} is started again: there is room for its {bytes}"),
-                instance,
+                instance: Some(instance),
             };
             self.record(decision, out);
             return;
