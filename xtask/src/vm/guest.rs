@@ -263,9 +263,11 @@ impl Guest {
     /// Asks the model on a port of the guest for a completion, from inside the guest.
     pub fn completion(&self, port: u16) -> Result<String> {
         let body = r#"{"prompt":"The mark on the hull","n_predict":4}"#;
-        let reply = self.ok(&format!(
-            "curl -fsS --max-time 110 -H 'Content-Type: application/json' -d '{body}' http://127.0.0.1:{port}/completion"
-        ))?;
+        // One that is partly in swap, on an emulated and busy machine, takes minutes.
+        let ask = format!(
+            "curl -fsS --max-time 290 -H 'Content-Type: application/json' -d '{body}' http://127.0.0.1:{port}/completion"
+        );
+        let reply = self.ok_within(&ask, crate::lab::PATIENCE)?;
         let json: serde_json::Value =
             serde_json::from_str(&reply).with_context(|| format!("not JSON: {reply}"))?;
         match json["tokens_predicted"].as_u64() {
