@@ -8,6 +8,7 @@ mod args;
 mod catalogue;
 mod completions;
 mod doctor;
+mod explain;
 mod failure;
 mod files;
 mod fit;
@@ -16,6 +17,7 @@ mod generator;
 mod hold;
 mod inquiry;
 mod load;
+mod log;
 mod opinion;
 mod output;
 mod process;
@@ -92,7 +94,8 @@ fn dispatch(cli: Cli) -> Result<Exit, Failure> {
         Verb::Unload(args) => load::unload(common, &args),
         Verb::Status(args) => status::status(common, &args),
         Verb::List(args) => status::list(common, &args),
-        Verb::Explain(args) => verbs::explain(common, &args),
+        Verb::Explain(args) => explain::explain(common, &args),
+        Verb::Log(args) => log::log(&args),
         Verb::Pin(args) => verbs::pin(common, &args.names, true),
         Verb::Unpin(args) => verbs::pin(common, &args.names, false),
         Verb::Mode(args) => verbs::mode(common, &args),

@@ -1,11 +1,12 @@
-//! The short verbs: `plan`, `explain`, `pin`, `unpin`, `mode`, `reload`.
+//! The short verbs: `plan`, `pin`, `unpin`, `mode`, `reload`.
 
 use std::fmt::Write as _;
 
 use serde_json::Value;
 
 use super::agent::Agent;
-use super::args::{Common, Explain, Mode, Plan};
+use super::args::{Common, Mode, Plan};
+use super::explain::{change_text, pools_text};
 use super::failure::{Exit, Failure};
 use super::output::{self, Painter, Style, wrap};
 use crate::dbus::CallError;
@@ -18,14 +19,6 @@ pub(super) fn plan(common: &Common, args: &Plan) -> Result<(), Failure> {
         super::answer(client.manager().plan(&args.name, context)).await
     })?;
     show(&text, args.json, plan_text)
-}
-
-pub(super) fn explain(common: &Common, args: &Explain) -> Result<(), Failure> {
-    let text = super::block_on(async {
-        let client = super::connect(common).await?;
-        super::answer(client.manager().explain(&args.name)).await
-    })?;
-    show(&text, args.json, explain_text)
 }
 
 pub(super) fn pin(common: &Common, names: &[String], pinned: bool) -> Result<(), Failure> {
@@ -93,40 +86,14 @@ fn plan_text(plan: &Decision, painter: Painter) -> String {
         let start = format!("start {} with a context of {}", plan.instance, plan.context);
         let _ = writeln!(out, "{:>3}. {start}", plan.steps.len() + 1);
     }
-    out.push_str(&refusal_text(plan));
+    out.push_str(&pools_text(plan, painter));
+    if let Some(refusal) = &plan.refusal {
+        out.push_str(&change_text(refusal));
+    }
     out
 }
 
-/// A decision as text: when, what, and the numbers.
-fn explain_text(decision: &Decision, painter: Painter) -> String {
-    let mut out = String::new();
-    let style = verdict_style(&decision.verdict);
-    let name = painter.paint(Style::Bold, &decision.instance);
-    let kind = painter.paint(style, &decision.kind);
-    let _ = writeln!(out, "{name}  {kind}, {}{}", decision.verdict, age(decision.at_msec));
-    if let Some(other) = &decision.for_instance {
-        let _ = writeln!(out, "  for     {other}");
-    }
-    if decision.observed {
-        let _ = writeln!(out, "  observe mode: nothing of it was done");
-    }
-    if !decision.text.is_empty() {
-        out.push_str(&wrap(&format!("  {}", decision.text), 2));
-    }
-    if decision.context > 0 {
-        let _ = writeln!(out, "  context {}", decision.context);
-    }
-    if !decision.bytes.is_zero() {
-        let _ = writeln!(out, "  bytes   {}", decision.bytes);
-    }
-    for (n, step) in decision.steps.iter().enumerate() {
-        let _ = writeln!(out, "{:>3}. {}", n + 1, step_text(step));
-    }
-    out.push_str(&refusal_text(decision));
-    out
-}
-
-fn step_text(step: &Step) -> String {
+pub(super) fn step_text(step: &Step) -> String {
     match step.step.as_str() {
         "drop-cache" => format!("drop cold page cache, frees {}", step.frees_bytes),
         "stop" => {
@@ -152,34 +119,6 @@ fn step_text(step: &Step) -> String {
         "swap" => format!("leave {} of it in swap", step.swapped_bytes),
         other => format!("{other} {}", step.instance),
     }
-}
-
-/// The arithmetic of a refusal, a line for each number.
-fn refusal_text(decision: &Decision) -> String {
-    let Some(refusal) = &decision.refusal else { return String::new() };
-    let mut out = String::new();
-    for (name, bytes) in [
-        ("pool", refusal.pool_bytes),
-        ("reserve", refusal.reserve_bytes),
-        ("system", refusal.system_bytes),
-        ("models", refusal.models_bytes),
-        ("free", refusal.free_bytes),
-        ("needed", refusal.needed_bytes),
-        ("could be freed", refusal.evictable_bytes),
-        ("short", refusal.short_bytes),
-    ] {
-        let _ = writeln!(out, "  {name:<14} {:>11}", bytes.to_string());
-    }
-    for kept in &refusal.kept {
-        let _ = writeln!(out, "  stays: {} {} ({})", kept.instance, kept.bytes, kept.why);
-    }
-    if let Some(why) = &refusal.no_swap {
-        let _ = writeln!(out, "  swap can't help: {why}");
-    }
-    if !refusal.advice.is_empty() {
-        let _ = writeln!(out, "  try: {}", refusal.advice);
-    }
-    out
 }
 
 /// The colour of a verdict.

@@ -66,7 +66,8 @@ impl Daemon {
                 let machine = self.observe();
                 let request = self.completed(*request);
                 let planned = self.core.preview(&request, &machine, now);
-                let _ = reply.send(view::planned(&request, planned, now));
+                let pools = self.core.accounts(&request, &planned, &machine, now);
+                let _ = reply.send(view::planned(&request, planned, pools, now));
             }
             Command::Status(models, problems, reply) => {
                 let machine = self.observe();

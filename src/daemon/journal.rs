@@ -1,15 +1,22 @@
 //! The journal: decisions as structured entries, everything else as lines.
 //!
-//! A decision has the fields `PLIMSOLL_MODEL`, `PLIMSOLL_DECISION`, `PLIMSOLL_FOR`,
-//! `PLIMSOLL_BYTES` and `PLIMSOLL_CONTEXT`, and one of the message ids below, so that
-//! `journalctl PLIMSOLL_MODEL=NAME` or `MESSAGE_ID=…` finds it whatever its words are.
+//! A decision has one of the message ids below, whose explanation is in `systemd/plimsoll.catalog`, and fields, so
+//! that `journalctl PLIMSOLL_MODEL=NAME` or `MESSAGE_ID=…` finds it whatever its words are: `PLIMSOLL_MODEL`,
+//! `PLIMSOLL_DECISION`, `PLIMSOLL_VERDICT`, `PLIMSOLL_FOR`, `PLIMSOLL_BYTES`, `PLIMSOLL_CONTEXT` and
+//! `PLIMSOLL_STEPS` always (though some may be empty); `PLIMSOLL_POOL`, `PLIMSOLL_POOL_BYTES`,
+//! `PLIMSOLL_NEEDED_BYTES`, `PLIMSOLL_AVAILABLE_BYTES`, `PLIMSOLL_SHORT_BYTES`, `PLIMSOLL_EVICTABLE_BYTES`,
+//! `PLIMSOLL_ADVICE`, `PLIMSOLL_RESCUE`, `PLIMSOLL_LEVEL`, `PLIMSOLL_FALLING_BYTES`, `PLIMSOLL_EXPECTED_BYTES`,
+//! `PLIMSOLL_GAINED_BYTES` where they are known; and `PLIMSOLL_JSON`, which is all of it, as `Explain` has it.
 
+use std::cmp::Reverse;
+
+use serde::Serialize;
 use tracing_subscriber::fmt::format::debug_fn;
 use tracing_subscriber::prelude::*;
 
 use crate::config::Instance;
 use crate::policy::Decision;
-use crate::policy::decision::Kind;
+use crate::policy::decision::{Account, Kind};
 
 /// The message id of each kind of decision; these never change.
 #[must_use]
@@ -26,18 +33,10 @@ pub const fn message_id(kind: Kind) -> &'static str {
     }
 }
 
-/// The word of each kind of decision.
-const fn word(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Admit => "admit",
-        Kind::Refuse => "refuse",
-        Kind::Wait => "wait",
-        Kind::Evict => "evict",
-        Kind::Expire => "expire",
-        Kind::Restore => "restore",
-        Kind::Quarantine => "quarantine",
-        Kind::Relieve => "relieve",
-    }
+/// The word that a value has in JSON.
+fn word(value: impl Serialize) -> String {
+    let value = serde_json::to_value(value).unwrap_or_default();
+    value.as_str().unwrap_or_default().to_owned()
 }
 
 /// Logs to the journal, or to standard error where there is none.
@@ -67,20 +66,87 @@ pub fn start() {
     };
 }
 
+/// The numbers that only some decisions have.
+#[derive(Debug, Default)]
+struct Numbers {
+    pool: Option<String>,
+    pool_size: Option<u64>,
+    needed: Option<u64>,
+    available: Option<u64>,
+    short: Option<u64>,
+    evictable: Option<u64>,
+    advice: Option<String>,
+    rescue: Option<String>,
+    level: Option<String>,
+    falling: Option<u64>,
+    expected: Option<u64>,
+    gained: Option<u64>,
+}
+
+/// Those of the pool that binds: where most is missing, or where the least would be left.
+fn numbers(decision: &Decision) -> Numbers {
+    let mut numbers = Numbers::default();
+    let binds =
+        |account: &&Account| (account.short_bytes, Reverse(account.free_bytes - account.needed_bytes));
+    if let Some(account) = decision.pools.iter().filter(|a| !a.needed_bytes.is_zero()).max_by_key(binds) {
+        numbers.pool = Some(account.name.clone());
+        numbers.pool_size = Some(account.total_bytes.0);
+        numbers.needed = Some(account.needed_bytes.0);
+        numbers.available = Some(account.free_bytes.0);
+        numbers.short = Some(account.short_bytes.0);
+    }
+    if let Some(refusal) = &decision.refusal {
+        numbers.needed = Some(refusal.needed_bytes.0);
+        numbers.available = Some(refusal.free_bytes.0);
+        // Of a refusal, what is missing even after all that may be stopped.
+        numbers.short = Some(refusal.short_bytes.0);
+        numbers.evictable = Some(refusal.evictable_bytes.0);
+        numbers.advice = Some(refusal.advice.clone());
+    }
+    if let Some(relief) = &decision.relief {
+        numbers.needed = Some(relief.needed_bytes.0);
+        numbers.available = Some(relief.headroom_bytes.0);
+        numbers.rescue = Some(word(relief.rescue));
+        numbers.level = Some(word(relief.level));
+        numbers.falling = Some(relief.falling_bytes.0);
+        numbers.expected = Some(relief.expected_bytes.0);
+        numbers.gained = relief.gained_bytes.map(|bytes| bytes.0);
+    }
+    numbers
+}
+
 /// Logs a decision.
 pub fn record(decision: &Decision) {
     let kind = decision.kind;
     let name = |instance: &Option<Instance>| instance.as_ref().map(ToString::to_string).unwrap_or_default();
     let (model, other) = (name(&decision.instance), name(&decision.for_instance));
+    let steps: Vec<String> = decision.steps.iter().map(ToString::to_string).collect();
+    let json = serde_json::to_string(decision).unwrap_or_default();
+    let n = numbers(decision);
     macro_rules! entry {
         ($level:ident) => {
             tracing::$level!(
                 MESSAGE_ID = message_id(kind),
                 PLIMSOLL_MODEL = model,
                 PLIMSOLL_DECISION = word(kind),
+                PLIMSOLL_VERDICT = word(decision.verdict),
                 PLIMSOLL_FOR = other,
                 PLIMSOLL_BYTES = decision.bytes.0,
                 PLIMSOLL_CONTEXT = decision.context,
+                PLIMSOLL_STEPS = steps.join("; "),
+                PLIMSOLL_POOL = n.pool,
+                PLIMSOLL_POOL_BYTES = n.pool_size,
+                PLIMSOLL_NEEDED_BYTES = n.needed,
+                PLIMSOLL_AVAILABLE_BYTES = n.available,
+                PLIMSOLL_SHORT_BYTES = n.short,
+                PLIMSOLL_EVICTABLE_BYTES = n.evictable,
+                PLIMSOLL_ADVICE = n.advice,
+                PLIMSOLL_RESCUE = n.rescue,
+                PLIMSOLL_LEVEL = n.level,
+                PLIMSOLL_FALLING_BYTES = n.falling,
+                PLIMSOLL_EXPECTED_BYTES = n.expected,
+                PLIMSOLL_GAINED_BYTES = n.gained,
+                PLIMSOLL_JSON = json,
                 "{}",
                 decision.text
             )
@@ -94,22 +160,87 @@ pub fn record(decision: &Decision) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
     use super::*;
+    use crate::bytes::Bytes;
 
     #[test]
     fn message_ids_are_128_bits_and_differ() {
-        let kinds = [
-            Kind::Admit,
-            Kind::Refuse,
-            Kind::Wait,
-            Kind::Evict,
-            Kind::Expire,
-            Kind::Restore,
-            Kind::Quarantine,
-            Kind::Relieve,
-        ];
-        let ids: std::collections::BTreeSet<&str> = kinds.into_iter().map(message_id).collect();
-        assert_eq!(ids.len(), kinds.len());
+        let ids: BTreeSet<&str> = Kind::ALL.into_iter().map(message_id).collect();
+        assert_eq!(ids.len(), Kind::ALL.len());
         assert!(ids.iter().all(|id| id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit())));
+    }
+
+    /// The catalogue: what happened, why and what to do, for each kind and for nothing else; with fields that every
+    /// decision has, for journalctl shows the name of one that an entry lacks.
+    #[test]
+    fn every_kind_is_explained_in_the_catalogue() {
+        let text = include_str!("../../systemd/plimsoll.catalog");
+        let mut entries: BTreeMap<&str, String> = BTreeMap::new();
+        let mut id = None;
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            match line.strip_prefix("-- ") {
+                Some(next) => {
+                    id = Some(next);
+                    assert!(entries.insert(next, String::new()).is_none(), "{next} twice");
+                }
+                None => {
+                    let entry = id.and_then(|id| entries.get_mut(id));
+                    entry.into_iter().for_each(|entry| entry.extend([line, "\n"]));
+                }
+            }
+        }
+        let known: BTreeSet<&str> = Kind::ALL.into_iter().map(message_id).collect();
+        assert_eq!(entries.keys().copied().collect::<BTreeSet<_>>(), known);
+        let always = ["MESSAGE", "PLIMSOLL_MODEL", "PLIMSOLL_FOR", "PLIMSOLL_VERDICT", "PLIMSOLL_STEPS"];
+        for (id, entry) in entries {
+            let (head, body) = entry.split_once("\n\n").unwrap_or_else(|| panic!("{id} has no text"));
+            for key in ["Subject: ", "Defined-By: Plimsoll", "Support: ", "Documentation: "] {
+                assert!(head.lines().any(|line| line.starts_with(key)), "{id}: {key}");
+            }
+            assert!(body.contains("What to do: "), "{id}: {body}");
+            for field in entry.split('@').skip(1).step_by(2) {
+                assert!(always.contains(&field), "{id}: {field}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_pool_that_binds_gives_the_numbers() {
+        let account = |name: &str, needed: u64, free: u64| Account {
+            name: name.into(),
+            total_bytes: Bytes::gib(128),
+            room_bytes: Bytes::gib(120),
+            held_bytes: Bytes::gib(120) - Bytes::gib(free),
+            needed_bytes: Bytes::gib(needed),
+            free_bytes: Bytes::gib(free),
+            short_bytes: Bytes::gib(needed) - Bytes::gib(free),
+        };
+        let decision = |pools| Decision {
+            kind: Kind::Admit,
+            instance: "a".parse().ok(),
+            for_instance: None,
+            verdict: crate::policy::Verdict::FitsAfter,
+            at_msec: 0,
+            context: 0,
+            bytes: Bytes::ZERO,
+            basis: Default::default(),
+            steps: Vec::new(),
+            refusal: None,
+            relief: None,
+            pools,
+            observed: false,
+            text: String::new(),
+        };
+        let of = |pools| {
+            let n = numbers(&decision(pools));
+            (n.pool.unwrap_or_default(), n.short.unwrap_or_default())
+        };
+        let gib = |n| Bytes::gib(n).0;
+        assert_eq!(of(vec![account("memory", 30, 20), account("card0", 30, 8)]), ("card0".into(), gib(22)));
+        assert_eq!(of(vec![account("memory", 3, 20), account("card0", 0, 0)]), ("memory".into(), 0));
+        assert_eq!(of(vec![account("memory", 3, 20), account("card0", 1, 2)]), ("card0".into(), 0));
+        assert_eq!(of(Vec::new()), (String::new(), 0));
     }
 }

@@ -174,10 +174,54 @@ pub struct Decision {
     pub steps: Vec<Step>,
     /// The numbers of a refusal.
     pub refusal: Option<Refusal>,
+    /// The arithmetic of an admission or a refusal, pool by pool, before anything was done for it.
+    pub pools: Vec<Account>,
+    /// What was done to keep the machine afloat.
+    pub relief: Option<Relief>,
     /// Only observed: what would have been done was not.
     pub observed: bool,
     /// One sentence with the arithmetic.
     pub text: String,
+}
+
+/// The arithmetic of a request in one pool.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Account {
+    /// `memory`, a GPU's name, or `llm.slice`.
+    pub name: String,
+    /// Its size.
+    pub total_bytes: Bytes,
+    /// What of it may be promised in all.
+    pub room_bytes: Bytes,
+    /// What others were promised of it.
+    pub held_bytes: Bytes,
+    /// What is asked of it in addition.
+    pub needed_bytes: Bytes,
+    /// What was left of it.
+    pub free_bytes: Bytes,
+    /// What was missing in it.
+    pub short_bytes: Bytes,
+}
+
+/// The numbers of what was done to keep the machine afloat.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Relief {
+    /// `drop-cache`, `reclaim`, `add-swap`, `expire`, `stop`, `kill`, `nothing`.
+    pub rescue: String,
+    /// `calm`, `attention`, `act`, `critical`.
+    pub level: String,
+    /// How much memory was left.
+    pub headroom_bytes: Bytes,
+    /// How fast it went down; bytes per second.
+    pub falling_bytes: Bytes,
+    /// What would have been enough.
+    pub needed_bytes: Bytes,
+    /// What was expected to come back.
+    pub expected_bytes: Bytes,
+    /// What has come back; absent while that is not known.
+    pub gained_bytes: Option<Bytes>,
 }
 
 /// One step of a plan.

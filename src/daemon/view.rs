@@ -12,7 +12,7 @@ use crate::ledger::{
     UnitState, capacity,
 };
 use crate::policy::core::Owed;
-use crate::policy::decision::Kind;
+use crate::policy::decision::{Account, Kind};
 use crate::policy::{Core, Decision, Mode, Planned, Refusal, RefusalKind, Request, Verdict};
 use crate::ports::ModelInfo;
 
@@ -226,7 +226,7 @@ fn shown(decision: &Decision) -> Shown {
 }
 
 /// A plan as the decision that it would become.
-pub(super) fn planned(request: &Request, planned: Planned, now: u64) -> Decision {
+pub(super) fn planned(request: &Request, planned: Planned, pools: Vec<Account>, now: u64) -> Decision {
     let instance = request.instance.clone();
     let decision = |kind, verdict, text| Decision {
         kind,
@@ -240,6 +240,7 @@ pub(super) fn planned(request: &Request, planned: Planned, now: u64) -> Decision
         steps: Vec::new(),
         refusal: None,
         relief: None,
+        pools: pools.clone(),
         observed: false,
         text,
     };
@@ -348,10 +349,10 @@ mod tests {
     fn a_plan_reads_like_the_decision_it_would_become() {
         let core = Core::new(Rules::default(), Saved::default(), true);
         let fits = request(4);
-        let decision = planned(&fits, core.preview(&fits, &machine(), 9), 9);
+        let decision = planned(&fits, core.preview(&fits, &machine(), 9), Vec::new(), 9);
         assert_eq!((decision.kind, decision.verdict, decision.context), (Kind::Admit, Verdict::Fits, 4096));
         let too_large = request(40);
-        let decision = planned(&too_large, core.preview(&too_large, &machine(), 9), 9);
+        let decision = planned(&too_large, core.preview(&too_large, &machine(), 9), Vec::new(), 9);
         assert_eq!((decision.kind, decision.verdict), (Kind::Refuse, Verdict::Refused));
         assert!(decision.text.contains("was refused"), "{}", decision.text);
         assert!(!shown(&decision).verdict.is_empty());

@@ -8,6 +8,7 @@ mod memory;
 mod pidfd;
 mod residency;
 mod swap;
+mod time;
 
 pub use hold::hold_range;
 pub use limit::limit_child;
@@ -15,3 +16,4 @@ pub use memory::{lock_memory, release_memory};
 pub use pidfd::{pid_of, pidfd_open, pidfd_send_signal};
 pub use residency::{ResidencyError, resident_bytes};
 pub use swap::{no_copy_on_write, swap_off, swap_on};
+pub use time::local_time;

@@ -61,6 +61,39 @@ pub enum Kind {
     Relieve,
 }
 
+impl Kind {
+    /// Every kind.
+    pub const ALL: [Self; 8] = [
+        Self::Admit,
+        Self::Refuse,
+        Self::Wait,
+        Self::Evict,
+        Self::Expire,
+        Self::Restore,
+        Self::Quarantine,
+        Self::Relieve,
+    ];
+}
+
+/// The arithmetic of a request in one pool, as it was when it was first weighed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Account {
+    /// `memory`, a GPU's name, or `llm.slice`.
+    pub name: String,
+    /// Its size.
+    pub total_bytes: Bytes,
+    /// What of it may be promised in all: less the reserve, and less what the system uses.
+    pub room_bytes: Bytes,
+    /// What others were promised of it.
+    pub held_bytes: Bytes,
+    /// What is asked of it in addition to that.
+    pub needed_bytes: Bytes,
+    /// What was left of it.
+    pub free_bytes: Bytes,
+    /// What was missing in it.
+    pub short_bytes: Bytes,
+}
+
 /// How short memory is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -149,6 +182,9 @@ pub struct Decision {
     /// The numbers of what was done to keep the machine afloat.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub relief: Option<Relief>,
+    /// The arithmetic of an admission or a refusal, pool by pool.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub pools: Vec<Account>,
     /// Only observed: what would have been done was not.
     #[serde(skip_serializing_if = "std::ops::Not::not", default)]
     pub observed: bool,

@@ -5,13 +5,14 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::decision::Account;
 use super::evict::{Candidate, choose};
 use super::refusal::{Refusal, RefusalKind, refuse};
 use super::request::{Peers, Request, Rules, Rung};
 use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{
-    Charges, FileId, GpuKind, Machine, PerPool, Phase, Reservation, capacity, swapfile_bytes,
+    Charges, FileId, GpuKind, Machine, PerPool, Phase, Pool, Reservation, capacity, swapfile_bytes,
 };
 
 /// How long a model of equal priority must have been idle before `peers = "replace-idle"` lets an
@@ -348,6 +349,30 @@ pub(super) fn refusal_of(request: &Request, situation: Situation<'_>) -> Refusal
 pub fn fits_as_is(request: &Request, situation: Situation<'_>) -> bool {
     let scene = Scene::new(request, situation);
     request.ladder.first().is_some_and(|wanted| scene.fits(wanted, &[]))
+}
+
+/// The arithmetic of `request` in every pool, before anything is done for it: at the context that it will run with, or
+/// at the smallest one where it can't.
+#[must_use]
+pub fn accounts(request: &Request, planned: &Planned, situation: Situation<'_>) -> Vec<Account> {
+    let scene = Scene::new(request, situation);
+    let nothing = Rung::default();
+    let rung = match planned {
+        Planned::Admit(plan) => &plan.rung,
+        Planned::Wait(_) | Planned::Refuse(_) => request.ladder.last().unwrap_or(&nothing),
+    };
+    let machine = situation.machine;
+    let (held, with) = (scene.charges.per_pool(machine, &[], None), scene.charge(rung, &[]));
+    let mut pools = vec![("memory".to_owned(), Pool::Memory, machine.memory.total)];
+    pools.extend(machine.gpus.iter().enumerate().map(|(n, gpu)| (gpu.name.clone(), Pool::Gpu(n), gpu.total)));
+    pools.extend(machine.slice_limit.map(|limit| ("llm.slice".to_owned(), Pool::Slice, limit)));
+    let account = |(name, pool, total_bytes): (String, Pool, Bytes)| {
+        let (room_bytes, held_bytes) = (scene.room.get(pool), held.get(pool));
+        let (free_bytes, needed_bytes) = (room_bytes - held_bytes, with.get(pool) - held_bytes);
+        let short_bytes = needed_bytes - free_bytes;
+        Account { name, total_bytes, room_bytes, held_bytes, needed_bytes, free_bytes, short_bytes }
+    };
+    pools.into_iter().map(account).collect()
 }
 
 /// How `request` would run as things are, with nobody stopped: at its full context, streaming, or with swap.

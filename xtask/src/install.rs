@@ -37,6 +37,7 @@ const SYSTEM_FILES: &[Entry] = &[
     entry("systemd/org.plimsoll1.conf", "share/dbus-1/system.d/org.plimsoll1.conf"),
     entry("systemd/org.plimsoll1.xml", "share/dbus-1/interfaces/org.plimsoll1.xml"),
     entry("systemd/org.plimsoll1.Job.xml", "share/dbus-1/interfaces/org.plimsoll1.Job.xml"),
+    entry("systemd/plimsoll.catalog", "lib/systemd/catalog/plimsoll.catalog"),
     entry("systemd/org.plimsoll1.policy", "share/polkit-1/actions/org.plimsoll1.policy"),
     entry("systemd/plimsoll.rules", "share/polkit-1/rules.d/plimsoll.rules"),
 ];
@@ -234,6 +235,9 @@ fn activate(prefix: &Path) -> Result<()> {
     let conf = |kind: &str| prefix.join(format!("lib/{kind}.d/plimsoll.conf"));
     host::run(host::as_root("systemd-sysusers")?.arg(conf("sysusers")))?;
     host::run(host::as_root("systemd-tmpfiles")?.arg("--create").arg(conf("tmpfiles")))?;
+    if host::find("journalctl").is_some() {
+        host::run(host::as_root("journalctl")?.arg("--update-catalog"))?;
+    }
     if !Path::new("/run/systemd/system").exists() {
         println!("installed; systemd is not the init of this machine, so nothing was reloaded");
         return Ok(());

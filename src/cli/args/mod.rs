@@ -91,6 +91,7 @@ pub enum Verb {
     Status(Status),
     List(List),
     Explain(Explain),
+    Log(Log),
     Pin(Pin),
     Unpin(Unpin),
     Mode(Mode),
@@ -262,6 +263,36 @@ pub struct Explain {
     #[arg(value_name = "NAME")]
     pub name: String,
     /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Show the decisions of the past, from the journal
+///
+/// What was admitted, refused, stopped, brought back, and done to keep the machine afloat, oldest first, with the
+/// numbers in each line. Needs no daemon, but the right to read the system's journal. 'journalctl -x -u plimsolld'
+/// explains each kind of decision at length.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  plimsoll log
+  plimsoll log deepseek -n 5
+  plimsoll log --since '2 hours ago' --json
+  plimsoll log -f")]
+pub struct Log {
+    /// Only decisions on this model, and those taken for it
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+    /// Show at most so many, the latest [default: 50, or all of --since]
+    #[arg(short = 'n', long, value_name = "N")]
+    pub lines: Option<u32>,
+    /// Go on with those that are yet to come, until interrupted
+    #[arg(short, long)]
+    pub follow: bool,
+    /// From this time on, as journalctl reads it: 'yesterday', '2 hours ago', '2026-11-25 12:00'
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    pub since: Option<String>,
+    /// Print JSON, one object a line
     #[arg(long)]
     pub json: bool,
 }

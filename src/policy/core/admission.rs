@@ -6,7 +6,7 @@ use crate::config::Instance;
 use crate::ledger::{Basis, Machine, PerPool, Phase, SwapOwner, capacity};
 use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::limits::limits;
-use crate::policy::plan::{Plan, Planned, Step, StopReason, plan, refusal_of};
+use crate::policy::plan::{Plan, Planned, Step, StopReason, accounts, plan, refusal_of};
 use crate::policy::refusal::{Refusal, RefusalKind};
 use crate::policy::request::{Mode, Request};
 
@@ -145,7 +145,12 @@ impl Core {
                 self.tell(0, text, out);
                 None
             }
-            _ => Some(Active { pending: self.pending.remove(0), steps: Vec::new(), stage: Stage::Plan }),
+            _ => Some(Active {
+                pending: self.pending.remove(0),
+                steps: Vec::new(),
+                pools: Vec::new(),
+                stage: Stage::Plan,
+            }),
         }
     }
 
@@ -177,7 +182,11 @@ impl Core {
 
     /// Plans anew from the machine as it is now, and begins the first step.
     fn plan_next(&mut self, mut active: Active, machine: &Machine, now: u64, out: &mut Vec<Action>) {
-        let planned = plan(&active.pending.request, self.situation(machine, now));
+        let situation = self.situation(machine, now);
+        let planned = plan(&active.pending.request, situation);
+        if active.pools.is_empty() {
+            active.pools = accounts(&active.pending.request, &planned, situation);
+        }
         if self.rules.mode == Mode::Observe {
             self.observe(active, &planned, now, out);
             return;
@@ -320,6 +329,7 @@ impl Core {
             steps: Vec::new(),
             refusal: None,
             relief: None,
+            pools: Vec::new(),
             observed: false,
             text: format!("{victim} is stopped for {for_instance}: {why}, frees {frees}"),
         };
@@ -362,6 +372,7 @@ impl Core {
                 steps: Vec::new(),
                 refusal: None,
                 relief: None,
+                pools: Vec::new(),
                 observed: false,
                 text: format!("{instance} was stopped but {bytes} of its memory did not come back"),
             };
@@ -420,6 +431,7 @@ impl Core {
             steps: active.steps,
             refusal: None,
             relief: None,
+            pools: active.pools,
             observed: false,
             text: format!(
                 "{instance} is admitted with {bytes}{basis} at context {context}{after}{}",
@@ -450,6 +462,7 @@ impl Core {
             steps: active.steps,
             refusal: Some(refusal.clone()),
             relief: None,
+            pools: active.pools,
             observed: false,
             text: refusal.to_string(),
         };
@@ -492,6 +505,7 @@ impl Core {
             refusal,
             for_instance: None,
             relief: None,
+            pools: active.pools,
             observed: true,
             text: format!(
                 "{instance} is admitted with {bytes}{} at context {context}, only observing{would}",

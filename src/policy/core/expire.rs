@@ -31,6 +31,7 @@ impl Core {
                 steps: Vec::new(),
                 refusal: None,
                 relief: None,
+                pools: Vec::new(),
                 observed: false,
                 text: format!("{instance} is stopped: idle past its ttl, frees {bytes}"),
                 instance: Some(instance),

@@ -14,10 +14,10 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use super::decision::Decision;
+use super::decision::{Account, Decision};
 use super::limits::Limits;
 use super::peaks::Peaks;
-use super::plan::{Planned, Situation, Step, plan};
+use super::plan::{Planned, Situation, Step, accounts, plan};
 use super::refusal::Refusal;
 use super::request::{Request, Rules};
 use crate::bytes::Bytes;
@@ -197,6 +197,8 @@ struct Active {
     pending: Pending,
     /// The steps done or under way so far.
     steps: Vec<Step>,
+    /// The arithmetic when it was first planned.
+    pools: Vec<Account>,
     stage: Stage,
 }
 
@@ -318,6 +320,18 @@ impl Core {
     #[must_use]
     pub fn preview(&self, request: &Request, machine: &Machine, now: u64) -> Planned {
         plan(&self.peaks.corrected(request.clone()), self.situation(machine, now))
+    }
+
+    /// The arithmetic of a request that was previewed, pool by pool.
+    #[must_use]
+    pub fn accounts(
+        &self,
+        request: &Request,
+        planned: &Planned,
+        machine: &Machine,
+        now: u64,
+    ) -> Vec<Account> {
+        accounts(&self.peaks.corrected(request.clone()), planned, self.situation(machine, now))
     }
 
     /// Takes in what happened and says what to do, in order.

@@ -74,6 +74,7 @@ impl Core {
                 steps: Vec::new(),
                 refusal: None,
                 relief: None,
+                pools: Vec::new(),
                 observed: false,
                 text: format!("{instance} is started again: there is room for its {bytes}"),
                 instance: Some(instance),
