@@ -15,6 +15,7 @@ enum Deed {
     Stop(usize),
     Run(u64),
     RestartDaemon,
+    Request(usize, u32, u64),
 }
 
 fn deeds(models: usize) -> impl Strategy<Value = Vec<Deed>> {
@@ -23,6 +24,7 @@ fn deeds(models: usize) -> impl Strategy<Value = Vec<Deed>> {
         2 => (0..models).prop_map(Deed::Stop),
         4 => (1u64..60).prop_map(Deed::Run),
         1 => Just(Deed::RestartDaemon),
+        2 => (0..models, 1u32..3, 1u64..90).prop_map(|(n, count, seconds)| Deed::Request(n, count, seconds)),
     ];
     prop::collection::vec(one, 1..40)
 }
@@ -42,8 +44,9 @@ fn model(n: usize) -> impl Strategy<Value = String> {
             };
             format!(
                 "m{n} = {{ weights = '{weights}GiB', placement = '{placement}', priority = {}, kv-per-token = '256KiB', \
-                 private = '512MiB', context = 32768{minimum}{oversize}, load-seconds = {load}, stop-seconds = {stop}, file = {} }}",
+                 private = '512MiB', context = 32768{minimum}{oversize}, load-seconds = {load}, stop-seconds = {stop}, drain-seconds = {}, file = {} }}",
                 priority * 20,
+                load % 3 * 15,
                 if file == 0 { 7 } else { 100 + n },
             )
         },
@@ -91,6 +94,7 @@ proptest! {
                 Deed::Stop(n) => drop(s.stop(models[*n].0.as_str()).run(1)),
                 Deed::Run(seconds) => drop(s.run(*seconds)),
                 Deed::RestartDaemon => s.restart_daemon(),
+                Deed::Request(n, count, seconds) => drop(s.request(models[*n].0.as_str(), *count, *seconds)),
             }
         }
         s.run(2000);
@@ -105,7 +109,7 @@ proptest! {
             let undisturbed = !scenario.at.iter().any(crashes) && deeds.iter().all(|deed| match deed {
                 Deed::Stop(n) => models[*n].0 != winner.model,
                 Deed::RestartDaemon => false,
-                Deed::Start(_) | Deed::Run(_) => true,
+                Deed::Start(_) | Deed::Run(_) | Deed::Request(..) => true,
             });
             let verdict = s.decisions[n..].iter().find(|d| d.instance.as_ref() == Some(winner) && d.kind != Kind::Wait);
             let in_vain = verdict.is_some_and(|d| d.kind == Kind::Refuse);

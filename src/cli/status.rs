@@ -168,6 +168,19 @@ fn context(model: &Model) -> String {
     }
 }
 
+/// `busy`, or for how long it has had nothing to do.
+fn idle(model: &Model) -> String {
+    match (model.requests, model.idle_seconds) {
+        (Some(1..), _) => "busy".to_owned(),
+        (_, Some(seconds)) => match seconds {
+            0..60 => format!("{seconds} s"),
+            60..7200 => format!("{} min", seconds / 60),
+            _ => format!("{} h", seconds / 3600),
+        },
+        (_, None) => "-".to_owned(),
+    }
+}
+
 fn state_style(state: &str) -> Style {
     match state {
         "running" => Style::Green,
@@ -186,6 +199,7 @@ fn models(shown: &[&Model], painter: Painter) -> String {
         ("MAPPED", Align::Right),
         ("HOST", Align::Right),
         ("GPU", Align::Right),
+        ("IDLE", Align::Right),
     ]);
     for model in shown {
         let (p, m): (&Classes, &Classes) = (&model.predicted, &model.measured);
@@ -197,6 +211,7 @@ fn models(shown: &[&Model], painter: Painter) -> String {
             plain(against(p.mapped_bytes, m.mapped_bytes)),
             plain(against(p.private_bytes, m.private_bytes)),
             plain(against(p.gpu_bytes, m.gpu_bytes)),
+            plain(idle(model)),
         ]);
     }
     table.render(painter)
@@ -243,6 +258,17 @@ fn detail(model: &Model, decisions: &[Decision], painter: Painter) -> String {
         line("context", &text);
     }
     line("address", &model.address);
+    line(
+        "requests",
+        &match model.requests {
+            Some(n) => format!("{n} in flight"),
+            None => String::new(),
+        },
+    );
+    line(
+        "idle",
+        &if matches!(model.requests, Some(1..)) { String::new() } else { idle(model).replace('-', "") },
+    );
     line("process", &if model.pid == 0 { String::new() } else { model.pid.to_string() });
     line("aliases", &model.aliases.join(", "));
     line("modes", &model.modes.join(", "));
@@ -334,7 +360,7 @@ mod tests {
             }],
             swap: Swap { total_bytes: Bytes::gib(8), used_bytes: Bytes::gib(1), ..Swap::default() },
             models: vec![
-                Model { pinned: true, ..model("glm-flash", "running") },
+                Model { pinned: true, requests: Some(2), ..model("glm-flash", "running") },
                 model("deepseek", "inactive"),
             ],
             decisions: vec![Decision {
@@ -359,8 +385,8 @@ POOL (GiB)  TOTAL  FOR MODELS  RESERVED  MEASURED  FREE
 memory      128.0       118.0      37.0      36.0  81.0
 swap          8.0                             1.0   7.0
 
-MODEL      STATE    PRIO  CONTEXT     MAPPED     HOST  GPU
-glm-flash  running   50*  4x16384  33.0/32.0  4.0/0.0    -
+MODEL      STATE    PRIO  CONTEXT     MAPPED     HOST  GPU  IDLE
+glm-flash  running   50*  4x16384  33.0/32.0  4.0/0.0    -  busy
 GiB, predicted/measured. MAPPED weights are pages of their files, HOST is private.
 * pinned: never evicted
 Not running: deepseek
@@ -378,6 +404,7 @@ Last decisions
         let status = sample();
         let text = detail(&status.models[0], &status.decisions, Painter::plain());
         assert!(text.contains("  context   65536, 4 slots of 16384\n"), "{text}");
+        assert!(text.contains("  requests  2 in flight\n"), "{text}");
         assert!(text.contains("total                37.0      32.0\n"), "{text}");
         assert!(!text.contains("Last decisions"));
     }

@@ -3,9 +3,7 @@
 //! There is no limit on how long a load takes, only on how long nothing moves. systemd's own
 //! time-out is pushed ahead for as long as this process is content.
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::unix::net::UnixStream;
+use std::net::ToSocketAddrs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -16,6 +14,7 @@ use super::read_behind::ReadBehind;
 use crate::action::notify::Notifier;
 use crate::config::{self, Instance, Model};
 use crate::gguf;
+use crate::host::{HttpError, Page, Server};
 
 /// How often systemd is asked for more time.
 const EXTEND_EVERY: Duration = Duration::from_secs(5);
@@ -75,7 +74,7 @@ fn wait(
                 last = endpoint.ask();
                 meanwhile();
                 if last == Answer::Ready {
-                    let _ = notify.status(&format!("ready at {}", endpoint.name));
+                    let _ = notify.status(&format!("ready at {}", endpoint.name()));
                     return Ok(Exit::Done);
                 }
                 let now = process.movement();
@@ -106,7 +105,7 @@ fn stalled(endpoint: &Endpoint, stall: Duration, last: Answer) -> Failure {
         Answer::Status(code) => format!("answers {code}"),
         Answer::Nothing | Answer::Ready => "does not answer".to_owned(),
     };
-    let message = format!("nothing has moved for {} s, and {} {heard}", stall.as_secs(), endpoint.name);
+    let message = format!("nothing has moved for {} s, and {} {heard}", stall.as_secs(), endpoint.name());
     let failure = Failure::failed(message);
     match last {
         Answer::Status(404) => failure.hint("set health-path to a path that the engine answers with 200"),
@@ -126,17 +125,9 @@ fn pause(waited: Duration) -> Duration {
 /// Where the engine answers.
 #[derive(Debug)]
 struct Endpoint {
-    /// For people.
-    name: String,
-    target: Target,
+    server: Server,
     /// What is asked for; without one a connection is answer enough.
     path: Option<String>,
-}
-
-#[derive(Debug)]
-enum Target {
-    Tcp(SocketAddr),
-    Unix(String),
 }
 
 /// What was heard.
@@ -153,110 +144,43 @@ enum Answer {
 impl Endpoint {
     fn of(instance: &Instance, model: &Model) -> Result<Self, Failure> {
         let path = model.health_path.clone();
-        // llama-server takes a host that ends so for the path of a socket.
-        if model.host.ends_with(".sock") {
-            return Ok(Self { name: model.host.clone(), target: Target::Unix(model.host.clone()), path });
-        }
-        let offset = u16::from(instance.number).saturating_sub(1);
-        let port = model.port.checked_add(offset).ok_or_else(|| {
-            Failure::config(format!(
-                "{instance} would need port {}",
-                u32::from(model.port) + u32::from(offset)
-            ))
+        let port = instance.port(model.port).ok_or_else(|| {
+            Failure::config(format!("{instance} would need a port above 65535"))
+                .hint("choose a smaller 'port'")
         })?;
-        let name = format!("{}:{port}", model.host);
+        if let Some(server) = Server::at(&model.host, port) {
+            return Ok(Self { server, path });
+        }
         let address = (model.host.as_str(), port)
             .to_socket_addrs()
             .ok()
             .and_then(|mut addresses| addresses.next())
             .ok_or_else(|| Failure::config(format!("host '{}' is no address of this machine", model.host)))?;
-        Ok(Self { name, target: Target::Tcp(reachable(address)), path })
+        Ok(Self { server: Server::of(&model.host, address), path })
+    }
+
+    fn name(&self) -> &str {
+        self.server.name()
     }
 
     fn ask(&self) -> Answer {
-        match &self.target {
-            Target::Tcp(address) => TcpStream::connect_timeout(address, HTTP_TIMEOUT)
-                .and_then(|stream| {
-                    stream.set_read_timeout(Some(HTTP_TIMEOUT))?;
-                    stream.set_write_timeout(Some(HTTP_TIMEOUT))?;
-                    Ok(stream)
-                })
-                .map_or(Answer::Nothing, |stream| self.talk(stream)),
-            Target::Unix(path) => UnixStream::connect(path)
-                .and_then(|stream| {
-                    stream.set_read_timeout(Some(HTTP_TIMEOUT))?;
-                    stream.set_write_timeout(Some(HTTP_TIMEOUT))?;
-                    Ok(stream)
-                })
-                .map_or(Answer::Nothing, |stream| self.talk(stream)),
+        let Some(path) = &self.path else {
+            return if self.server.accepts(HTTP_TIMEOUT) { Answer::Ready } else { Answer::Nothing };
+        };
+        match self.server.get(path, None, LONGEST_REPLY, HTTP_TIMEOUT) {
+            // It speaks TLS, but not to us. Better taken for ready than never.
+            Ok(Page { status: 200, .. }) | Err(HttpError::Tls) => Answer::Ready,
+            Ok(page) => Answer::Status(page.status),
+            Err(_) => Answer::Nothing,
         }
     }
-
-    fn talk(&self, mut stream: impl Read + Write) -> Answer {
-        let Some(path) = &self.path else { return Answer::Ready };
-        let request = format!(
-            "GET {path} HTTP/1.1\r\nHost: {}\r\nUser-Agent: plimsoll\r\nConnection: close\r\n\r\n",
-            self.name
-        );
-        if stream.write_all(request.as_bytes()).is_err() {
-            return Answer::Nothing;
-        }
-        // The status line is all that is looked at; the rest is read so that the engine's answer is
-        // not cut off, within bounds.
-        let deadline = Instant::now() + HTTP_TIMEOUT;
-        let mut reply = Vec::new();
-        let mut part = [0; 1024];
-        while reply.len() < LONGEST_REPLY && Instant::now() < deadline {
-            match stream.read(&mut part) {
-                Ok(0) | Err(_) => break,
-                Ok(read) => reply.extend_from_slice(&part[..read]),
-            }
-        }
-        answer(&reply)
-    }
-}
-
-/// What a reply says: `HTTP/1.1 200 OK` and so on.
-fn answer(reply: &[u8]) -> Answer {
-    // A TLS alert: it speaks, but not to us. Better taken for ready than never.
-    if reply.starts_with(&[0x15, 0x03]) {
-        return Answer::Ready;
-    }
-    let status = reply
-        .strip_prefix(b"HTTP/1.")
-        .and_then(|rest| rest.get(2..5))
-        .and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok());
-    match status {
-        Some(200) => Answer::Ready,
-        Some(status) => Answer::Status(status),
-        None => Answer::Nothing,
-    }
-}
-
-/// An engine that listens everywhere is asked on the loopback.
-fn reachable(mut address: SocketAddr) -> SocketAddr {
-    match address.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => address.set_ip(Ipv4Addr::LOCALHOST.into()),
-        IpAddr::V6(ip) if ip.is_unspecified() => address.set_ip(Ipv6Addr::LOCALHOST.into()),
-        _ => {}
-    }
-    address
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read, Write};
     use std::net::TcpListener;
-
-    #[test]
-    fn status_lines_are_understood() {
-        assert_eq!(answer(b"HTTP/1.1 200 "), Answer::Ready);
-        assert_eq!(answer(b"HTTP/1.0 503 "), Answer::Status(503));
-        assert_eq!(answer(b"\x15\x03\x01\x00\x02\x02\x16"), Answer::Ready);
-        for nothing in [&b""[..], b"HTTP/1.1", b"SSH-2.0-x", b"HTTP/1.1 xyz ", b"\xff\xff"] {
-            assert_eq!(answer(nothing), Answer::Nothing, "{nothing:?}");
-        }
-    }
 
     #[test]
     fn an_engine_is_asked_for_its_health() {
@@ -273,11 +197,7 @@ mod tests {
             }
             requests
         });
-        let endpoint = Endpoint {
-            name: address.to_string(),
-            target: Target::Tcp(address),
-            path: Some("/health".into()),
-        };
+        let endpoint = Endpoint { server: Server::of("127.0.0.1", address), path: Some("/health".into()) };
         assert_eq!(endpoint.ask(), Answer::Status(503));
         assert_eq!(endpoint.ask(), Answer::Ready);
         let requests = engine.join().unwrap();
@@ -290,17 +210,8 @@ mod tests {
     }
 
     #[test]
-    fn everywhere_is_asked_on_the_loopback() {
-        let of = |text: &str| reachable(text.parse().unwrap()).to_string();
-        assert_eq!(of("0.0.0.0:80"), "127.0.0.1:80");
-        assert_eq!(of("[::]:80"), "[::1]:80");
-        assert_eq!(of("192.0.2.1:80"), "192.0.2.1:80");
-    }
-
-    #[test]
     fn a_process_that_ended_at_the_gate_has_spoken_for_itself() {
-        let endpoint =
-            Endpoint { name: "x".into(), target: Target::Unix("/nowhere.sock".into()), path: None };
+        let endpoint = Endpoint { server: Server::at("/nowhere.sock", 1).unwrap(), path: None };
         let root = tempdir("gone");
         crate::cli::process::tests::write_process(&root, 7, "S", &["/usr/bin/plimsoll", "run", "x"]);
         let process = Process::find(&root, 7).unwrap();
@@ -312,14 +223,13 @@ mod tests {
 
     #[test]
     fn what_does_not_move_fails_and_says_so() {
-        let endpoint =
-            Endpoint { name: "x".into(), target: Target::Unix("/nowhere.sock".into()), path: None };
+        let endpoint = Endpoint { server: Server::at("/nowhere.sock", 1).unwrap(), path: None };
         let root = tempdir("stalled");
         crate::cli::process::tests::write_process(&root, 7, "S", &["/usr/bin/llama-server"]);
         let process = Process::find(&root, 7).unwrap();
         let failure =
             wait(&process, &endpoint, Duration::ZERO, &Notifier::from_environment(), || ()).unwrap_err();
-        assert_eq!(failure.message, "nothing has moved for 0 s, and x does not answer");
+        assert_eq!(failure.message, "nothing has moved for 0 s, and /nowhere.sock does not answer");
         std::fs::remove_dir_all(root).unwrap();
     }
 

@@ -24,6 +24,9 @@ pub const DEFAULT_PRIORITY: u8 = 50;
 /// How long a load may stand still when the model does not say.
 pub const DEFAULT_STALL_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// How long a model may take to finish its requests before it is stopped for another, when it does not say.
+pub const DEFAULT_DRAIN: Duration = Duration::from_secs(30);
+
 /// How much memory llama-server may keep for prompts it has seen (its `--cache-ram`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PromptCache {
@@ -150,6 +153,9 @@ pub struct Model {
     /// Stopped after this long without a request; none: never.
     #[serde(rename = "ttl_seconds", serialize_with = "seconds")]
     pub ttl: Option<Duration>,
+    /// How long it may take to finish its requests before it is stopped for another.
+    #[serde(rename = "drain_seconds", serialize_with = "whole_seconds")]
+    pub drain: Duration,
     /// Labels, shown and searched; never policy.
     pub modes: Vec<String>,
     /// Other names of it.

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::instance::ModelName;
 use super::model::{
-    DEFAULT_CACHE_TYPE, DEFAULT_ENGINE, DEFAULT_HOST, DEFAULT_PORT, DEFAULT_PRIORITY, DEFAULT_STALL_TIMEOUT,
-    Environment, Given, GpuLayers, Model, Oversize, PromptCache, Workload,
+    DEFAULT_CACHE_TYPE, DEFAULT_DRAIN, DEFAULT_ENGINE, DEFAULT_HOST, DEFAULT_PORT, DEFAULT_PRIORITY,
+    DEFAULT_STALL_TIMEOUT, Environment, Given, GpuLayers, Model, Oversize, PromptCache, Workload,
 };
 use super::problem::{Place, Problem, quoted};
 use super::reader::{self, Reader};
@@ -15,6 +15,9 @@ use super::table::{Entry, Item, Table, Value};
 
 /// The largest context: llama-server counts it in 31 bits.
 const LARGEST_CONTEXT: i64 = (1 << 31) - 1;
+
+/// Whoever needs the memory waits for so long at the most.
+const LONGEST_DRAIN: Duration = Duration::from_secs(600);
 
 /// Types of the KV cache, as llama-server names them.
 const CACHE_TYPES: [(&str, &str); 9] = [
@@ -30,7 +33,7 @@ const CACHE_TYPES: [(&str, &str); 9] = [
 ];
 
 /// The keys of a model file.
-pub(super) const KEYS: [&str; 28] = [
+pub(super) const KEYS: [&str; 29] = [
     "model",
     "context",
     "context-min",
@@ -44,6 +47,7 @@ pub(super) const KEYS: [&str; 28] = [
     "workload",
     "oversize",
     "ttl",
+    "drain",
     "modes",
     "aliases",
     "host",
@@ -134,6 +138,7 @@ pub(super) fn read(
             )
             .unwrap_or_default(),
         ttl: r.read("ttl", positive).filter(|ttl| *ttl != Duration::MAX),
+        drain: r.read("drain", drain).unwrap_or(DEFAULT_DRAIN),
         modes: r.read("modes", reader::list(reader::text)).unwrap_or_default(),
         aliases: r.read("aliases", reader::list(model_name)).unwrap_or_default(),
         host: r.read("host", reader::host).unwrap_or_else(|| DEFAULT_HOST.to_owned()),
@@ -279,6 +284,16 @@ fn read_gpu_layers(item: &Item) -> Result<GpuLayers, reader::Wrong> {
 fn positive(item: &Item) -> Result<Duration, reader::Wrong> {
     reader::duration(item).and_then(|span| {
         if span.is_zero() { Err(reader::Wrong::new("must be longer than nothing")) } else { Ok(span) }
+    })
+}
+
+fn drain(item: &Item) -> Result<Duration, reader::Wrong> {
+    reader::duration(item).and_then(|span| {
+        if span <= LONGEST_DRAIN {
+            Ok(span)
+        } else {
+            Err(reader::Wrong::new("must be at most 10min: others wait for its memory meanwhile"))
+        }
     })
 }
 

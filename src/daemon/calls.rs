@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use super::handle::{Asker, Fault, LoadOptions};
-use super::input::{Command, Input, Publication, Purpose, Waiting, Weighed};
+use super::input::{Command, Input, Looking, Publication, Purpose, Waiting, Weighed};
 use super::jobs::{Job, JobKind};
 use super::run::{Daemon, FIRST_TICKET};
 use super::view;
@@ -16,7 +16,7 @@ use crate::policy::core::Effect;
 use crate::policy::{Action, ActionId, Event, Outcome, Refusal, Request, Rung};
 use crate::ports::{CatalogError, Wish};
 
-/// Effects for people's swapfiles are numbered from here, apart from those of decisions and jobs.
+/// Effects for people's swapfiles and looks are numbered from here, apart from those of decisions and jobs.
 const FIRST_SWAP: ActionId = 1 << 61;
 /// How long a unit that the daemon itself has started may take to ask; milliseconds.
 const TO_ASK: u64 = 60_000;
@@ -70,8 +70,16 @@ impl Daemon {
                 let _ = reply.send(view::planned(&request, planned, pools, now));
             }
             Command::Status(models, problems, reply) => {
-                let machine = self.observe();
-                let _ = reply.send(view::status(&self.core, &machine, &models, problems));
+                let of = self.core.unheard(now);
+                let looking = Looking { of: of.clone(), models, problems, reply };
+                if of.is_empty() {
+                    self.show(looking);
+                    return;
+                }
+                self.next_ticket += 1;
+                let id = FIRST_SWAP + self.next_ticket - FIRST_TICKET;
+                self.looking.insert(id, looking);
+                self.perform(id, Effect::AskActivity(of));
             }
             Command::Explain(instance, reply) => {
                 let last = self
@@ -82,6 +90,12 @@ impl Daemon {
                 let _ = reply.send(last.cloned());
             }
         }
+    }
+
+    fn show(&mut self, looking: Looking) {
+        let (machine, now) = (self.observe(), self.parts.ports.now());
+        let Looking { models, problems, reply, .. } = looking;
+        let _ = reply.send(view::status(&self.core, &machine, &models, problems, now));
     }
 
     /// Makes or removes a swapfile for a person, unless a model needs it.
@@ -164,6 +178,11 @@ impl Daemon {
                 self.tell(Publication::JobEnded(job, result, message));
             }
             None => {
+                if let Some(looking) = self.looking.remove(&id) {
+                    self.step(Event::Heard(looking.of.clone()));
+                    self.show(looking);
+                    return;
+                }
                 if let Some(reply) = self.swapping.remove(&id) {
                     self.step(Event::Tick);
                     let _ = reply.send(match outcome {
@@ -372,12 +391,14 @@ fn unknown(instance: &Instance, invocation: &str, why: Option<&str>) -> Request 
         advice: Vec::new(),
         ttl: None,
         reload: Bytes::ZERO,
+        drain: 0,
         may_swap: false,
         stream: None,
         swap: None,
         no_swapfile: None,
         instead_of: Default::default(),
         stuck: Default::default(),
+        finishing: Default::default(),
         force: false,
         no_restore: false,
         explicit: false,

@@ -1,6 +1,6 @@
 //! What comes into the daemon's loop, and what it publishes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -104,6 +104,16 @@ pub(super) struct Waiting {
     pub(super) reply: Option<oneshot::Sender<Result<Launch, Fault>>>,
 }
 
+/// A call for the status that waits for what the engines say.
+#[derive(Debug)]
+pub(super) struct Looking {
+    /// Who was asked.
+    pub(super) of: BTreeSet<Instance>,
+    pub(super) models: Vec<ModelInfo>,
+    pub(super) problems: Vec<String>,
+    pub(super) reply: oneshot::Sender<super::report::Status>,
+}
+
 /// What the daemon tells the world.
 #[derive(Clone, Debug)]
 pub enum Publication {
@@ -112,7 +122,7 @@ pub enum Publication {
     /// What an instance waits for.
     Progress(Instance, String),
     /// An instance is about to be stopped for another (or for none, to keep the machine afloat), at a time in
-    /// microseconds of CLOCK_MONOTONIC.
+    /// microseconds of CLOCK_MONOTONIC or before it.
     AboutToEvict(Instance, Option<Instance>, u64),
     /// Where a job is.
     JobProgress(u32, String),

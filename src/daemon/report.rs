@@ -135,6 +135,12 @@ pub struct Model {
     pub address: String,
     /// Main process, or 0.
     pub pid: u32,
+    /// Requests in flight as its engine says; none where it does not say.
+    pub requests: Option<u32>,
+    /// When it was last known to serve a request, or became ready; milliseconds since boot.
+    pub last_used_msec: Option<u64>,
+    /// How long it has been idle: 0 while it serves.
+    pub idle_seconds: Option<u64>,
     /// What the estimate says, corrected.
     pub predicted: Classes,
     /// What `predicted` rests on beyond the estimate.

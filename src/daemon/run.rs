@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant as Time, sleep_until};
 
 use super::handle::{Fault, Handle, LoadOptions};
-use super::input::{Input, Publication, Waiting};
+use super::input::{Input, Looking, Publication, Waiting};
 use super::jobs::Jobs;
 use super::state::{Durable, Store};
 use super::{journal, view};
@@ -69,6 +69,8 @@ pub struct Daemon {
     pub(super) jobs: Jobs,
     /// Calls that wait for a swapfile, by the ids of their effects.
     pub(super) swapping: BTreeMap<ActionId, oneshot::Sender<Result<(), Fault>>>,
+    /// Calls that wait for what the engines say, by the ids of their effects.
+    pub(super) looking: BTreeMap<ActionId, Looking>,
     pub(super) weighers: Arc<Semaphore>,
     pub(super) rulebook: Rulebook,
     pub(super) mode: Option<Mode>,
@@ -107,6 +109,7 @@ impl Daemon {
             adopted: BTreeMap::new(),
             jobs: Jobs::default(),
             swapping: BTreeMap::new(),
+            looking: BTreeMap::new(),
             weighers: Arc::new(Semaphore::new(WEIGHERS)),
             rulebook: Rulebook::default(),
             wake: None,
@@ -271,8 +274,9 @@ impl Daemon {
                     self.tell_loads(&instance, &text);
                     self.tell(Publication::Progress(instance, text));
                 }
-                Action::AboutToEvict { instance, for_instance } => {
-                    let deadline = monotonic_usec();
+                Action::AboutToEvict { instance, for_instance, deadline } => {
+                    let left = deadline.saturating_sub(self.parts.ports.now());
+                    let deadline = monotonic_usec() + left * 1000;
                     self.tell(Publication::AboutToEvict(instance, for_instance, deadline));
                 }
                 Action::Record(decision) => {

@@ -33,7 +33,7 @@ impl Ports for Fake {
     }
 
     fn perform(&mut self, id: ActionId, effect: Effect, done: Outcomes) {
-        self.log.lock().unwrap().push(match effect {
+        let what = match effect {
             Effect::DropCache(_) => "drop".to_owned(),
             Effect::DropAllCache => "drop all".to_owned(),
             Effect::Compact => "compact".to_owned(),
@@ -41,10 +41,13 @@ impl Ports for Fake {
             Effect::Start(instance) => format!("start {instance}"),
             Effect::Limit(instance, _) => format!("limit {instance}"),
             Effect::AddSwap(_, bytes) => format!("add {bytes} of swap"),
+            // Whether anybody is asked is none of these stories' business.
+            Effect::AskActivity(_) => return done(id, Outcome::Done),
             Effect::RemoveSwap(name) => format!("remove swap {name}"),
             Effect::Reclaim(instance, bytes) => format!("reclaim {bytes} of {instance}"),
             Effect::Kill(instance) => format!("kill {instance}"),
-        });
+        };
+        self.log.lock().unwrap().push(what);
         done(id, Outcome::Done);
     }
 
@@ -86,12 +89,14 @@ impl Catalog for Fake {
             advice: Vec::new(),
             ttl: None,
             reload: Bytes::ZERO,
+            drain: 0,
             may_swap: false,
             stream: None,
             swap: None,
             no_swapfile: None,
             instead_of: wish.instead_of.clone(),
             stuck: Default::default(),
+            finishing: Default::default(),
             force: wish.force,
             no_restore: wish.no_restore,
             explicit: wish.explicit,

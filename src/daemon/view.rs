@@ -38,7 +38,13 @@ pub(super) fn line(core: &Core, machine: &Machine) -> String {
 }
 
 /// Everything that is shown.
-pub(super) fn status(core: &Core, machine: &Machine, models: &[ModelInfo], problems: Vec<String>) -> Status {
+pub(super) fn status(
+    core: &Core,
+    machine: &Machine,
+    models: &[ModelInfo],
+    problems: Vec<String>,
+    now: u64,
+) -> Status {
     let mode = match core.rules().mode {
         Mode::Enforce => "enforce",
         Mode::Observe => "observe",
@@ -53,7 +59,7 @@ pub(super) fn status(core: &Core, machine: &Machine, models: &[ModelInfo], probl
             room_bytes: machine.swap_room,
             areas: machine.swaps.iter().map(swap_area).collect(),
         },
-        models: instances(core, machine, models),
+        models: instances(core, machine, models, now),
         decisions: core.decisions().rev().take(SHOWN).map(shown).collect(),
         problems,
     }
@@ -116,7 +122,7 @@ fn pools(core: &Core, machine: &Machine) -> Vec<PoolReport> {
 }
 
 /// Each configured model's first instance, and every other instance that lives or has failed.
-fn instances(core: &Core, machine: &Machine, models: &[ModelInfo]) -> Vec<Model> {
+fn instances(core: &Core, machine: &Machine, models: &[ModelInfo], now: u64) -> Vec<Model> {
     let known: BTreeMap<&ModelName, &ModelInfo> =
         models.iter().filter_map(|info| Some((info.name.as_ref()?, info))).collect();
     let mut shown: BTreeMap<Instance, Model> = BTreeMap::new();
@@ -129,12 +135,12 @@ fn instances(core: &Core, machine: &Machine, models: &[ModelInfo]) -> Vec<Model>
     }
     let one = |instance: &Instance| {
         let info = known.get(&instance.model).copied();
-        model(core, instance, machine.units.get(instance), info)
+        model(core, instance, machine.units.get(instance), info, now)
     };
     shown.keys().map(one).collect()
 }
 
-fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&ModelInfo>) -> Model {
+fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&ModelInfo>, now: u64) -> Model {
     let holder = core.holders().get(instance);
     let waits = core.waiting().find(|(waiting, _)| *waiting == instance).map(|(_, told)| told);
     let unit_state = unit.map(|unit| unit.state).unwrap_or_default();
@@ -158,6 +164,9 @@ fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&Mo
     };
     let configured = info.map_or(0, |info| info.context);
     let context = holder.map_or(configured, |r| r.context);
+    let answers = holder.filter(|r| r.phase != Phase::Loading && r.phase != Phase::Preparing);
+    let used = answers.map(|r| r.last_used);
+    let requests = answers.and(unit).and_then(|unit| unit.busy).map(|busy| busy.requests);
     let pinned = core.pins().get(&instance.model).copied().or(info.map(|info| info.pinned));
     Model {
         name: instance.model.to_string(),
@@ -170,6 +179,9 @@ fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&Mo
         parallel: info.map_or(0, |info| info.parallel),
         address: info.map(|info| address(&info.address, instance)).unwrap_or_default(),
         pid: unit.map_or(0, |unit| unit.main_pid),
+        requests,
+        last_used_msec: used,
+        idle_seconds: used.map(|used| if requests > Some(0) { 0 } else { now.saturating_sub(used) / 1000 }),
         predicted: holder.map(|r| predicted(&r.predicted)).unwrap_or_default(),
         basis: holder.map(|r| correction(&r.basis)).unwrap_or_default(),
         measured: unit
@@ -296,12 +308,14 @@ mod tests {
             advice: Vec::new(),
             ttl: None,
             reload: Bytes::ZERO,
+            drain: 0,
             may_swap: false,
             stream: None,
             swap: None,
             no_swapfile: None,
             instead_of: Default::default(),
             stuck: Default::default(),
+            finishing: Default::default(),
             force: false,
             no_restore: false,
             explicit: true,
@@ -333,13 +347,15 @@ mod tests {
             context: 4096,
             ..ModelInfo::default()
         };
-        let status = status(&core, &machine, &[info], vec!["a problem".into()]);
+        let status = status(&core, &machine, &[info], vec!["a problem".into()], 65_000);
         let shown: Vec<(&str, &str, &str, u32)> = status
             .models
             .iter()
             .map(|m| (m.instance.as_str(), m.state.as_str(), m.address.as_str(), m.pid))
             .collect();
         assert_eq!(shown, [("a", "inactive", "127.0.0.1:8003", 0), ("a@2", "running", "127.0.0.1:8004", 7)]);
+        assert_eq!((status.models[1].requests, status.models[1].idle_seconds), (None, Some(64)));
+        assert_eq!(status.models[0].idle_seconds, None);
         assert_eq!(status.pools[0].reserved_bytes, Bytes::gib(4));
         assert_eq!(status.problems.len(), 1);
         assert!(line(&core, &machine).starts_with("1 model, 4.0 GiB reserved"));

@@ -16,8 +16,8 @@ use crate::action::notify::Notifier;
 use crate::action::systemd::{Systemd, SystemdError};
 use crate::daemon::catalog::RealCatalog;
 use crate::daemon::real::{
-    Effects, Files, Gate, PageCache, RealPorts, SwapFiles, Units, call_off_removals, carry_out, follow,
-    past_the_gate,
+    Activities, Effects, Files, Gate, PageCache, RealPorts, SwapFiles, Units, call_off_removals, carry_out,
+    follow, past_the_gate,
 };
 use crate::daemon::{Daemon, Input, Parts, journal, signals};
 use crate::host::Host;
@@ -98,11 +98,14 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
     let cache = Arc::new(PageCache::default());
     let swap = Arc::new(SwapFiles::default());
     let survey = survey(&catalog, &cache, &swap);
+    let configured = Arc::clone(&catalog);
+    let activities = Activities::new(move |instance| configured.place(instance));
     let effects = Effects {
         systemd: systemd.clone(),
         host: host.clone(),
         units: Arc::clone(&units),
         cache: Arc::clone(&cache),
+        activities: Arc::new(activities),
         files: Arc::clone(&files),
         survey: Arc::clone(&survey),
     };

@@ -298,7 +298,9 @@ impl Manager {
 
     async fn list_models(&self) -> Result<Vec<Variants>, Error> {
         let row = |model: crate::daemon::report::Model| {
-            HashMap::from([
+            let requests = model.requests.map(|n| ("requests", Variant::from(n)));
+            let idle = model.idle_seconds.map(|seconds| ("idle-seconds", Variant::from(seconds)));
+            let always = HashMap::from([
                 ("predicted-bytes", Variant::from(model.predicted.total().0)),
                 ("measured-bytes", Variant::from(model.measured.total().0)),
                 ("name", Variant::from(model.name)),
@@ -307,7 +309,8 @@ impl Manager {
                 ("priority", Variant::from(u32::from(model.priority))),
                 ("pinned", Variant::from(model.pinned)),
                 ("context", Variant::from(model.context)),
-            ])
+            ]);
+            always.into_iter().chain(requests).chain(idle).collect()
         };
         Ok(self.handle.status().await?.models.into_iter().map(row).collect())
     }

@@ -7,10 +7,12 @@
 mod cgroup;
 mod drm;
 mod gpu;
+mod http;
 mod memory;
 mod mounts;
 mod pressure;
 mod process;
+mod requests;
 mod swaps;
 mod system;
 
@@ -24,8 +26,10 @@ use nix::libc;
 pub use cgroup::{ControlGroup, ControlGroupError, MemoryEvents};
 pub use drm::DrmUsage;
 pub use gpu::{Card, Heap, Region};
+pub use http::{ApiKey, HttpError, Page, Server};
 pub use mounts::Mount;
 pub use pressure::Stall;
+pub use requests::{Heard, requests_in_flight};
 pub use system::{Kernel, Process};
 
 /// No file of /proc or /sys that is read here is longer; what is, is not what it seems.

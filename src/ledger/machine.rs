@@ -128,8 +128,30 @@ pub struct Unit {
     pub stalled: Option<u16>,
     /// How many of its processes the kernel has killed for want of memory: `oom_kill` of memory.events.
     pub oom_kills: u64,
+    /// What its engine said of its requests when it was asked last; none where it does not say.
+    pub busy: Option<Busy>,
     /// Largest MemoryMax that the administrator allows this unit, where one is set.
     pub admin_limit: Option<Bytes>,
+}
+
+impl Unit {
+    /// Requests in flight as its engine said last; none where it does not say.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.busy.map_or(0, |busy| busy.requests)
+    }
+}
+
+/// What an engine says of its requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Busy {
+    /// In flight: worked on, and queued where it says so.
+    pub requests: u32,
+    /// Another one when a request was taken since.
+    pub mark: u64,
+    /// When it said so; milliseconds since boot.
+    pub at: u64,
 }
 
 /// Life of a unit.

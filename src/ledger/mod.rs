@@ -9,7 +9,7 @@ pub mod reservation;
 pub mod swap;
 
 pub use footprint::{Footprint, Mapped};
-pub use machine::{FileId, Gpu, GpuKind, Machine, Measured, Memory, Pressure, Unit, UnitState};
+pub use machine::{Busy, FileId, Gpu, GpuKind, Machine, Measured, Memory, Pressure, Unit, UnitState};
 pub use pools::{Charges, PerPool, Pool, capacity};
 pub use reservation::{Basis, Phase, Reservation};
 pub use swap::{SwapArea, SwapName, SwapOwner, swapfile_bytes};

@@ -90,6 +90,9 @@ pub struct Reservation {
     pub ttl: Option<u64>,
     /// What loading it again would read from disk.
     pub reload: Bytes,
+    /// How long it may take to finish its requests before it is stopped for another; milliseconds.
+    #[serde(default)]
+    pub drain: u64,
 }
 
 impl Reservation {
@@ -136,6 +139,7 @@ impl Reservation {
             last_used: 0,
             ttl: None,
             reload: Bytes::ZERO,
+            drain: 0,
         }
     }
 }

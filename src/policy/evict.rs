@@ -1,6 +1,6 @@
 //! Who has to go: the smallest harm that makes enough room.
 //!
-//! Fewest models first, then the lowest priorities, then what is cheapest to load again, then what
+//! Fewest models first, then the lowest priorities, then idle ones, then what is cheapest to load again, then what
 //! was used least recently; never more than needed.
 
 use std::cmp::Reverse;
@@ -14,10 +14,31 @@ pub struct Candidate {
     pub holder: usize,
     /// Its priority.
     pub priority: u8,
+    /// What it has to do.
+    pub usage: Use,
     /// What loading it again reads from disk.
     pub reload: Bytes,
     /// When it was last used; milliseconds since boot.
     pub last_used: u64,
+}
+
+/// What a model has to do; the first goes first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Use {
+    /// Nothing, as far as is known.
+    #[default]
+    Idle,
+    /// It finishes its requests, as it was told to.
+    Finishing,
+    /// Requests.
+    Busy,
+}
+
+impl Candidate {
+    /// The smaller goes first.
+    fn rank(&self) -> (u8, Use, Bytes, u64, usize) {
+        (self.priority, self.usage, self.reload, self.last_used, self.holder)
+    }
 }
 
 /// How many sets are tried before the search stops being exhaustive. Some dozen models, which is
@@ -35,7 +56,7 @@ pub fn choose(
     gain: impl Fn(usize) -> Bytes,
 ) -> Option<Vec<usize>> {
     let mut sorted = candidates.to_vec();
-    sorted.sort_by_key(|c| (c.priority, c.reload, c.last_used, c.holder));
+    sorted.sort_by_key(Candidate::rank);
     let everyone: Vec<usize> = sorted.iter().map(|c| c.holder).collect();
     if fits(&[]) {
         return Some(Vec::new());
@@ -48,10 +69,11 @@ pub fn choose(
 }
 
 /// What a set costs, in the order of importance; smaller is better.
-fn harm(set: &[Candidate]) -> (usize, u8, Bytes, u64) {
+fn harm(set: &[Candidate]) -> (usize, u8, usize, Bytes, u64) {
     (
         set.len(),
         set.iter().map(|c| c.priority).max().unwrap_or_default(),
+        set.iter().map(|c| c.usage as usize).sum(),
         set.iter().map(|c| c.reload).sum(),
         set.iter().map(|c| c.last_used).max().unwrap_or_default(),
     )
@@ -118,7 +140,7 @@ fn greedy(
     }
     let mut set = by_gain[..low].to_vec();
     let mut costliest_first = set.clone();
-    costliest_first.sort_by_key(|c| Reverse((c.priority, c.reload, c.last_used, c.holder)));
+    costliest_first.sort_by_key(|c| Reverse(c.rank()));
     for one in &costliest_first {
         let rest: Vec<Candidate> = set.iter().filter(|c| *c != one).copied().collect();
         if fits(&holders(&rest)) {
@@ -132,7 +154,7 @@ fn greedy(
             if tried >= BUDGET || set.contains(other) {
                 continue;
             }
-            if (other.priority, other.reload, other.last_used) >= (one.priority, one.reload, one.last_used) {
+            if other.rank() >= one.rank() {
                 break;
             }
             tried += 1;
@@ -160,7 +182,13 @@ mod tests {
         let candidates: Vec<Candidate> = of
             .iter()
             .enumerate()
-            .map(|(holder, c)| Candidate { holder, priority: c.0, reload: Bytes::gib(c.2), last_used: c.3 })
+            .map(|(holder, c)| Candidate {
+                holder,
+                priority: c.0,
+                usage: if c.3 == u64::MAX { Use::Busy } else { Use::Idle },
+                reload: Bytes::gib(c.2),
+                last_used: c.3,
+            })
             .collect();
         let mut chosen = choose(
             &candidates,
@@ -176,6 +204,12 @@ mod tests {
         assert_eq!(pick(&[(10, 5, 5, 0), (10, 5, 5, 0), (10, 20, 20, 9)], 10), Some(vec![2]), "one, not two");
         assert_eq!(pick(&[(20, 10, 1, 0), (10, 10, 9, 9)], 10), Some(vec![1]), "the lower priority");
         assert_eq!(pick(&[(10, 10, 9, 0), (10, 10, 1, 9)], 10), Some(vec![1]), "cheaper to reload");
+        assert_eq!(pick(&[(10, 10, 9, 0), (10, 10, 1, u64::MAX)], 10), Some(vec![0]), "idle");
+        assert_eq!(
+            pick(&[(20, 10, 9, 0), (10, 10, 1, u64::MAX)], 10),
+            Some(vec![1]),
+            "busy and less important"
+        );
         assert_eq!(pick(&[(10, 10, 1, 9), (10, 10, 1, 3)], 10), Some(vec![1]), "used longer ago");
     }
 

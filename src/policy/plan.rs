@@ -6,7 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::decision::Account;
-use super::evict::{Candidate, choose};
+use super::evict::{Candidate, Use, choose};
 use super::refusal::{Refusal, RefusalKind, refuse};
 use super::request::{Peers, Request, Rules, Rung};
 use crate::bytes::Bytes;
@@ -241,11 +241,21 @@ impl<'a> Scene<'a> {
             .map(|(holder, r)| Candidate {
                 holder,
                 priority: r.priority,
+                usage: self.use_of(self.names[holder]),
                 reload: r.reload,
                 last_used: r.last_used,
             })
             .collect();
         choose(&candidates, |set| self.fits(rung, &[gone, set].concat()), |n| self.gain(n, gone))
+    }
+
+    fn use_of(&self, instance: &Instance) -> Use {
+        let busy = self.situation.machine.units.get(instance).is_some_and(|unit| unit.in_flight() > 0);
+        match (busy, self.request.finishing.contains_key(instance)) {
+            (false, _) => Use::Idle,
+            (true, true) => Use::Finishing,
+            (true, false) => Use::Busy,
+        }
     }
 
     /// The holders that may be evicted now.

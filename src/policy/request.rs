@@ -1,6 +1,6 @@
 //! What is asked for, and the rules that it is judged by.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +39,8 @@ pub struct Request {
     pub ttl: Option<u64>,
     /// What loading it reads from disk.
     pub reload: Bytes,
+    /// How long it may take to finish its requests before it is stopped for another; milliseconds.
+    pub drain: u64,
     /// Whether its anonymous memory may be swapped out (`workload = "batch"`).
     pub may_swap: bool,
     /// It may run with part of its mapped weights left on disk (`oversize = "stream"`): at least so
@@ -52,6 +54,8 @@ pub struct Request {
     pub instead_of: BTreeSet<Instance>,
     /// Models that could not be stopped: as good as pinned for this request.
     pub stuck: BTreeSet<Instance>,
+    /// Models that were told to finish their requests for it, and until when; milliseconds since boot.
+    pub finishing: BTreeMap<Instance, u64>,
     /// Admit it even if it doesn't fit, or if its size is unknown.
     pub force: bool,
     /// Whoever is stopped for it is owed no return.
@@ -80,6 +84,7 @@ impl Request {
             last_used: now,
             ttl: self.ttl,
             reload: self.reload,
+            drain: self.drain,
         }
     }
 }

@@ -10,6 +10,6 @@ mod simulation;
 mod world;
 
 pub use ports::{SimCatalog, SimPorts};
-pub use scenario::{Placement, Scenario, ScenarioError, Scripted, SimModel};
+pub use scenario::{Placement, Requests, Scenario, ScenarioError, Scripted, SimModel};
 pub use simulation::Simulation;
 pub use world::{Emitted, World};

@@ -113,6 +113,12 @@ pub struct SimModel {
     pub swap: Option<Bytes>,
     /// Idle seconds after which it is stopped.
     pub ttl_seconds: Option<u64>,
+    /// How long it may take to finish its requests before it is stopped for another; seconds.
+    #[serde(default)]
+    pub drain_seconds: u64,
+    /// Its engine does not say what it is doing.
+    #[serde(default)]
+    pub silent: bool,
     /// Bytes that it does not give back when it stops.
     #[serde(default)]
     pub leaks: Bytes,
@@ -140,6 +146,20 @@ pub struct Scripted {
     pub crash: Option<Instance>,
     /// The system uses this much from now on.
     pub system: Option<Bytes>,
+    /// Somebody asks a model for something.
+    pub requests: Option<Requests>,
+}
+
+/// Requests to a model.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Requests {
+    /// Which.
+    pub of: Instance,
+    /// How many at once.
+    pub count: u32,
+    /// How long each takes.
+    pub seconds: u64,
 }
 
 fn fifty() -> u8 {
@@ -240,12 +260,14 @@ impl Scenario {
             advice: halves.map(rung).collect(),
             ttl: model.ttl_seconds.map(|s| s * 1000),
             reload: model.weights,
+            drain: model.drain_seconds * 1000,
             may_swap: false,
             stream: model.stream,
             swap: model.swap,
             no_swapfile: None,
             instead_of: Default::default(),
             stuck: Default::default(),
+            finishing: Default::default(),
             force: false,
             no_restore: false,
             explicit: false,

@@ -1,6 +1,6 @@
 //! A world and the decisions, run in virtual time.
 
-use super::scenario::Scenario;
+use super::scenario::{Requests, Scenario};
 use super::world::{Emitted, World};
 use crate::bytes::Bytes;
 use crate::config::Instance;
@@ -18,6 +18,8 @@ pub struct Simulation {
     pub decisions: Vec<Decision>,
     /// What was saved last.
     pub saved: Saved,
+    /// Who was told to go, and until when at the latest.
+    pub announced: Vec<(Instance, u64)>,
     /// Breaches of the invariants; empty in a right program.
     pub breaches: Vec<String>,
     wake: Option<u64>,
@@ -34,6 +36,7 @@ impl Simulation {
             core,
             decisions: Vec::new(),
             saved: Saved::default(),
+            announced: Vec::new(),
             breaches: Vec::new(),
             wake: None,
         }
@@ -43,6 +46,14 @@ impl Simulation {
     pub fn start(&mut self, instance: &str) -> &mut Self {
         if let Ok(instance) = instance.parse::<Instance>() {
             self.world.start(&instance, None);
+        }
+        self
+    }
+
+    /// Sends requests to an instance, each of which takes so many seconds.
+    pub fn request(&mut self, instance: &str, count: u32, seconds: u64) -> &mut Self {
+        if let Ok(of) = instance.parse::<Instance>() {
+            self.world.requests(&Requests { of, count, seconds });
         }
         self
     }
@@ -106,7 +117,8 @@ impl Simulation {
                 Action::Answer { ticket, answer } => self.world.answered(ticket, &answer, &mut out),
                 Action::Record(decision) => self.decisions.push(*decision),
                 Action::WakeAt(time) => self.wake = Some(time),
-                Action::Progress { .. } | Action::AboutToEvict { .. } => {}
+                Action::AboutToEvict { instance, deadline, .. } => self.announced.push((instance, deadline)),
+                Action::Progress { .. } => {}
             }
         }
         self.check();

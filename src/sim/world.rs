@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use super::scenario::{Scenario, Scripted};
+use super::scenario::{Requests, Scenario, Scripted};
 use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{
-    Footprint, GpuKind, Machine, Measured, Memory, SwapArea, SwapName, SwapOwner, Unit, UnitState,
+    Busy, Footprint, GpuKind, Machine, Measured, Memory, SwapArea, SwapName, SwapOwner, Unit, UnitState,
 };
 use crate::policy::core::Effect;
 use crate::policy::{ActionId, Event, Outcome, Refusal};
@@ -34,6 +34,8 @@ enum Happening {
     Loaded(Instance, u64),
     Stopped(Instance, Vec<ActionId>),
     Scripted(Scripted),
+    /// So many requests of this start of a unit have ended.
+    Finished(Instance, u64, u32),
     Outcome(ActionId, Outcome),
     SwapRemoved(SwapName, ActionId),
 }
@@ -49,6 +51,12 @@ struct SimUnit {
     /// memory.high of its control group.
     high: Option<Bytes>,
     loading_since: u64,
+    /// Requests in flight.
+    requests: u32,
+    /// Requests taken since its start.
+    taken: u64,
+    /// What it said when it was asked last.
+    busy: Option<Busy>,
     starts: Vec<ActionId>,
 }
 
@@ -66,6 +74,8 @@ pub struct World {
     swaps: Vec<SwapArea>,
     cache: Bytes,
     free_large: Option<Bytes>,
+    /// Requests that were cut off.
+    cut: u32,
 }
 
 impl World {
@@ -87,6 +97,7 @@ impl World {
             swaps: Vec::new(),
             cache,
             free_large,
+            cut: 0,
         };
         for happening in scripted {
             world.later(happening.seconds * 1000, Happening::Scripted(happening));
@@ -176,7 +187,15 @@ impl World {
                     self.end(instance, UnitState::Failed, out);
                 }
                 self.system = scripted.system.unwrap_or(self.system);
+                if let Some(requests) = &scripted.requests {
+                    self.requests(requests);
+                }
                 out.push(tick);
+            }
+            Happening::Finished(instance, invocation, count) => {
+                if let Some(unit) = self.units.get_mut(&instance).filter(|u| u.invocation == invocation) {
+                    unit.requests = unit.requests.saturating_sub(count);
+                }
             }
             Happening::Outcome(id, outcome) => out.push(Emitted::Outcome(id, outcome)),
             Happening::SwapRemoved(name, id) => {
@@ -196,11 +215,38 @@ impl World {
             }
             unit.state = state;
             unit.footprint = Footprint::default();
+            self.cut += std::mem::take(&mut unit.requests);
+            (unit.taken, unit.busy) = (0, None);
             let failed = Outcome::Failed(format!("{} has ended", instance.unit()));
             let starts = std::mem::take(&mut unit.starts);
             out.extend(starts.into_iter().map(|id| Emitted::Outcome(id, failed.clone())));
             out.push(Emitted::Event(Event::Tick));
         }
+    }
+
+    /// Somebody asks a model for something; one that does not answer hears nothing of it.
+    pub fn requests(&mut self, requests: &Requests) {
+        let Requests { of, count, seconds } = requests;
+        let Some(unit) = self.units.get_mut(of).filter(|unit| unit.state == UnitState::Active) else {
+            return;
+        };
+        unit.requests += count;
+        unit.taken += u64::from(*count);
+        let invocation = unit.invocation;
+        self.later(seconds * 1000, Happening::Finished(of.clone(), invocation, *count));
+    }
+
+    /// Requests that ended because the model was stopped.
+    #[must_use]
+    pub fn cut(&self) -> u32 {
+        self.cut
+    }
+
+    fn ask_activity(&mut self, instance: &Instance) {
+        let (silent, at) = (self.scenario.models.get(&instance.model).is_none_or(|m| m.silent), self.now);
+        let Some(unit) = self.units.get_mut(instance) else { return };
+        let says = unit.state == UnitState::Active && !silent;
+        unit.busy = says.then_some(Busy { requests: unit.requests, mark: unit.taken, at });
     }
 
     /// Starts a unit, unless it runs.
@@ -259,6 +305,10 @@ impl World {
             Effect::Start(instance) => self.start(instance, Some(id)),
             Effect::Stop(instance) => self.stop(instance, Some(id)),
             Effect::DropCache(_) => self.later(1, Happening::Outcome(id, Outcome::Done)),
+            Effect::AskActivity(instances) => {
+                instances.iter().for_each(|instance| self.ask_activity(instance));
+                self.later(2, Happening::Outcome(id, Outcome::Done));
+            }
             Effect::Limit(instance, limits) => {
                 if let Some(unit) = self.units.get_mut(instance) {
                     unit.high = Some(limits.high);
@@ -318,7 +368,10 @@ impl World {
                 ids.clear();
                 true
             }
-            Happening::Asks(..) | Happening::Loaded(..) | Happening::Scripted(_) => true,
+            Happening::Asks(..)
+            | Happening::Loaded(..)
+            | Happening::Finished(..)
+            | Happening::Scripted(_) => true,
         });
         for unit in self.units.values_mut() {
             unit.starts.clear();
@@ -399,6 +452,7 @@ impl World {
                 main_pid,
                 invocation: unit.invocation.to_string(),
                 measured,
+                busy: unit.busy,
                 ..Unit::default()
             };
             units.insert(instance.clone(), reading);

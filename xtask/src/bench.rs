@@ -120,6 +120,7 @@ fn planner(count: u64) -> Result<()> {
             last_used: n,
             ttl: None,
             reload: Bytes::gib(1),
+            drain: 0,
         };
         holders.insert(format!("model-{n}").parse().ok().context("a bad name")?, reservation);
     }
@@ -139,12 +140,14 @@ fn planner(count: u64) -> Result<()> {
         advice: Vec::new(),
         ttl: None,
         reload: Bytes::gib(1),
+        drain: 0,
         may_swap: false,
         stream: None,
         swap: None,
         no_swapfile: None,
         instead_of: BTreeSet::new(),
         stuck: BTreeSet::new(),
+        finishing: Default::default(),
         force: false,
         no_restore: false,
         explicit: true,

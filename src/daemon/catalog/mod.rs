@@ -26,6 +26,7 @@ use crate::engine::opinion::{self, Excess};
 use crate::engine::{self, Effective};
 use crate::fit::{Facts, FitError, Settings};
 use crate::gguf::Identity;
+use crate::host::Server;
 use crate::ledger::{Footprint, Gpu, GpuKind};
 use crate::policy::{Mode, Peers, Request, Rung};
 use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Rulebook, Wish};
@@ -99,6 +100,14 @@ impl RealCatalog {
     #[must_use]
     pub fn swap(&self) -> config::Swap {
         self.current().1.swap.clone()
+    }
+
+    /// Where an instance answers, and the file with its keys; none where that is not known.
+    #[must_use]
+    pub fn place(&self, instance: &Instance) -> Option<(Server, Option<PathBuf>)> {
+        let (loaded, _) = self.current();
+        let model = loaded.models.get(&instance.model)?;
+        Some((Server::at(&model.host, instance.port(model.port)?)?, model.api_key_file.clone()))
     }
 
     fn current(&self) -> (Arc<Loaded>, Arc<config::Daemon>) {
@@ -297,12 +306,14 @@ impl Catalog for RealCatalog {
             advice: Vec::new(),
             ttl: model.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
             reload: Bytes::ZERO,
+            drain: u64::try_from(model.drain.as_millis()).unwrap_or(u64::MAX),
             may_swap: model.workload == Workload::Batch,
             stream: None,
             swap: None,
             no_swapfile: None,
             instead_of: wish.instead_of.clone(),
             stuck: Default::default(),
+            finishing: Default::default(),
             force: wish.force,
             no_restore: wish.no_restore,
             explicit: wish.explicit,

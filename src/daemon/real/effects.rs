@@ -1,11 +1,13 @@
 //! What is done to the machine, each bounded in time.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
+use super::activity::Activities;
 use super::page_cache::PageCache;
 use super::store::Files;
 use super::swap::Order;
@@ -34,6 +36,8 @@ pub struct Effects {
     pub units: Arc<Units>,
     /// The models' files in the page cache.
     pub cache: Arc<PageCache>,
+    /// What the engines say of their requests.
+    pub activities: Arc<Activities>,
     /// Where limits are remembered.
     pub files: Arc<Files>,
     /// Looks at the page cache again. Blocks.
@@ -55,6 +59,10 @@ impl Effects {
             Effect::Limit(instance, limits) => self.limit(&instance, limits).await,
             Effect::Reclaim(..) => Err("taking memory back is not implemented yet".to_owned()),
             Effect::Kill(..) => Err("killing a unit is not implemented yet".to_owned()),
+            Effect::AskActivity(instances) => {
+                self.ask_activity(&instances).await;
+                Ok(())
+            }
             Effect::AddSwap(owner, bytes) => self.order(Order::Add(owner, bytes, boot_msec())).await,
             Effect::RemoveSwap(name) => {
                 let in_use = self.host.swaps().unwrap_or_default();
@@ -70,6 +78,14 @@ impl Effects {
         let freed = freed.map_err(|error| format!("the page cache could not be dropped: {error}"))?;
         tracing::info!("{freed} of cold page cache dropped");
         Ok(())
+    }
+
+    /// Asks the engines; one that does not answer has nothing to say.
+    async fn ask_activity(&self, instances: &BTreeSet<Instance>) {
+        let invocation = |i: &Instance| Some((i.clone(), self.units.get(i)?.invocation));
+        let of: Vec<(Instance, String)> = instances.iter().filter_map(invocation).collect();
+        let activities = Arc::clone(&self.activities);
+        let _ = tokio::task::spawn_blocking(move || activities.ask(&of)).await;
     }
 
     async fn stop(&self, instance: &Instance) -> Result<(), String> {

@@ -1,5 +1,6 @@
 //! The real machine: systemd's units, readings of `host`, and the actions on them.
 
+mod activity;
 mod effects;
 mod gate;
 mod page_cache;
@@ -8,6 +9,7 @@ mod store;
 mod swap;
 mod units;
 
+pub use activity::{Activities, Place};
 pub use effects::Effects;
 pub use gate::Gate;
 pub use page_cache::PageCache;

@@ -53,6 +53,7 @@ impl RealPorts {
             main_pid: status.main_pid,
             invocation: status.invocation.clone(),
             admin_limit: self.units.admin_limit(instance),
+            busy: self.effects.activities.busy(instance, &status.invocation),
             ..Unit::default()
         };
         if let Ok(group) = status.control_group.parse::<ControlGroup>() {

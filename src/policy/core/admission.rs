@@ -46,7 +46,7 @@ impl Core {
             self.unstoppable(&instance, &outcome);
             return;
         }
-        if self.restored(id, &outcome, now) || self.retired(id, &outcome, now) {
+        if self.looked(id, now) || self.restored(id, &outcome, now) || self.retired(id, &outcome, now) {
             return;
         }
         let Some(active) = self.active.as_mut() else { return };
@@ -102,7 +102,11 @@ impl Core {
                         return;
                     }
                 }
-                Stage::Effect(_) | Stage::Stop { .. } | Stage::Limit(_) | Stage::Others => {
+                Stage::Drain { .. } => {
+                    self.drained(active, now, out);
+                    return;
+                }
+                Stage::Look(_) | Stage::Effect(_) | Stage::Stop { .. } | Stage::Limit(_) | Stage::Others => {
                     self.active = Some(active);
                     return;
                 }
@@ -196,6 +200,14 @@ impl Core {
                 let done = |step: &Step| active.steps.iter().any(|done| step.is_done_by(done));
                 let next = plan.steps.iter().find(|step| !step.is_setting() && !done(step)).cloned();
                 self.reserve(&active, &plan, Phase::Preparing, now);
+                // Who goes is decided on what they are doing now.
+                if let Some(Step::Stop { .. }) = next
+                    && let Some(id) = self.look(self.may_go(&active.pending.request, now), now, out)
+                {
+                    active.stage = Stage::Look(id);
+                    self.active = Some(active);
+                    return;
+                }
                 match next {
                     Some(step) => self.begin(active, step, machine, now, out),
                     None => self.limit(active, &plan, machine, now, out),
@@ -253,6 +265,14 @@ impl Core {
                 active.stage = Stage::Effect(self.perform(Effect::Compact, out));
             }
             Step::Stop { instance: victim, reason, frees_bytes } => {
+                if self.drains(&mut active, victim, *reason, machine, now, out) {
+                    self.active = Some(active);
+                    return;
+                }
+                if *reason != StopReason::Expired && !active.pending.request.finishing.contains_key(victim) {
+                    let (instance, for_instance) = (victim.clone(), Some(instance.clone()));
+                    out.push(Action::AboutToEvict { instance, for_instance, deadline: now });
+                }
                 let text = format!("stopping {victim}, which frees {frees_bytes}");
                 self.say(&mut active, text, out);
                 let room = capacity(machine, self.rules.reserve, &self.holders);
@@ -279,7 +299,7 @@ impl Core {
         self.active = Some(active);
     }
 
-    fn say(&mut self, active: &mut Active, text: String, out: &mut Vec<Action>) {
+    pub(super) fn say(&mut self, active: &mut Active, text: String, out: &mut Vec<Action>) {
         active.pending.told.clone_from(&text);
         out.push(Action::Progress { instance: active.pending.request.instance.clone(), text });
     }
@@ -304,10 +324,6 @@ impl Core {
             StopReason::Named => (Kind::Evict, "named to go"),
         };
         if kind == Kind::Evict {
-            out.push(Action::AboutToEvict {
-                instance: victim.clone(),
-                for_instance: Some(for_instance.clone()),
-            });
             self.owed.retain(|owed| owed.instance != *victim);
             self.owed.push(Owed {
                 instance: victim.clone(),

@@ -4,13 +4,14 @@
 //! happened, with a fresh reading of the machine, and returns what to do, in order. Whatever has to
 //! survive a crash of the daemon is handed out as [`Action::Save`] before the action that needs it.
 
+mod activity;
 mod admission;
 mod expire;
 mod restore;
 mod swap;
 mod sync;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +58,8 @@ pub enum Event {
     Unwanted(Instance),
     /// A model is pinned or unpinned by hand.
     Pin(ModelName, bool),
+    /// Engines were asked for somebody who wants to see what they do.
+    Heard(BTreeSet<Instance>),
     /// Time has passed, or something about the machine or a unit has changed.
     Tick,
 }
@@ -91,12 +94,14 @@ pub enum Action {
         /// In a few words.
         text: String,
     },
-    /// Announce that a model is about to be stopped for another.
+    /// Announce that a model is about to be stopped.
     AboutToEvict {
         /// Which is to go.
         instance: Instance,
-        /// For whom; none where it is to keep the machine afloat.
+        /// For whom; none where its time is over, or to keep the machine afloat.
         for_instance: Option<Instance>,
+        /// When at the latest; milliseconds since boot. It goes before that when it has nothing to do.
+        deadline: u64,
     },
     /// Log, publish and remember a decision.
     Record(Box<Decision>),
@@ -126,6 +131,8 @@ pub enum Effect {
     /// Kill a unit's control group at once (cgroup.kill), and have the unit stopped, so that it does not come back by
     /// Restart=.
     Kill(Instance),
+    /// Ask the engines of these models what they are doing. It is always done, and shows in the next reading.
+    AskActivity(BTreeSet<Instance>),
     /// Take a swapfile out of use and remove it; one that is not in use is only removed.
     RemoveSwap(SwapName),
 }
@@ -209,6 +216,10 @@ enum Stage {
     Plan,
     /// Others, to finish loading or stopping. It keeps its turn, for models were stopped for it.
     Others,
+    /// What the engines say that may have to go.
+    Look(ActionId),
+    /// This model, to finish its requests; it is asked again then.
+    Drain { instance: Instance, until: u64 },
     /// The outcome of an effect.
     Effect(ActionId),
     /// The outcome of stopping this model, which was expected to free some bytes.
@@ -233,7 +244,9 @@ pub struct Core {
     restoring: Option<restore::Restoring>,
     retiring: swap::Retiring,
     expiring: BTreeMap<ActionId, Instance>,
-    activity: BTreeMap<Instance, sync::Activity>,
+    activity: BTreeMap<Instance, activity::Activity>,
+    /// Looks under way.
+    looks: BTreeMap<ActionId, BTreeSet<Instance>>,
     decisions: VecDeque<Decision>,
     peaks: Peaks,
     next_id: ActionId,
@@ -345,8 +358,10 @@ impl Core {
             Event::Done { id, outcome } => self.done(id, outcome, now, &mut out),
             Event::Unwanted(instance) => self.owed.retain(|owed| owed.instance != instance),
             Event::Pin(model, pinned) => self.pin(model, pinned),
+            Event::Heard(of) => self.heard(&of, now),
             Event::Tick => {}
         }
+        self.introduce(now, &mut out);
         self.proceed(machine, now, &mut out);
         self.restore(machine, now, &mut out);
         self.retire(machine, now, &mut out);

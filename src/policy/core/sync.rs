@@ -1,21 +1,10 @@
 //! Bringing the ledger in line with what the machine shows.
 
-use super::{Core, Pending};
+use super::{Core, Pending, activity};
 use crate::config::Instance;
-use crate::ledger::{Machine, Phase, Reservation, Unit, UnitState};
+use crate::ledger::{Machine, Phase, Unit, UnitState};
 use crate::policy::plan::rung_as_is;
 use crate::policy::request::Request;
-
-/// CPU time above this share (one in so many) is taken for serving requests: an idle llama-server
-/// uses next to none.
-const BUSY_SHARE: u64 = 300;
-
-/// A sample of a unit's CPU time.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Activity {
-    cpu_usec: u64,
-    at: u64,
-}
 
 impl Core {
     /// Takes over what was measured, moves reservations along, and drops those whose process is gone.
@@ -36,7 +25,7 @@ impl Core {
                 }
                 _ => {}
             }
-            note_activity(&mut self.activity, instance, unit, reservation, now);
+            activity::note(&mut self.activity, instance, unit, reservation, now);
         }
         let holders = &self.holders;
         let runs = |instance: &Instance| holders.get(instance).is_some_and(|r| r.phase == Phase::Running);
@@ -81,29 +70,4 @@ fn lives(unit: Option<&Unit>, invocation: &str) -> bool {
         let processless = unit.state == UnitState::Activating && unit.main_pid == 0;
         unit.state.is_alive() && !processless && unit.invocation == invocation
     })
-}
-
-fn note_activity(
-    activity: &mut std::collections::BTreeMap<Instance, Activity>,
-    instance: &Instance,
-    unit: &Unit,
-    reservation: &mut Reservation,
-    now: u64,
-) {
-    let sample = Activity { cpu_usec: unit.cpu_usec, at: now };
-    let Some(last) = activity.get_mut(instance) else {
-        activity.insert(instance.clone(), sample);
-        // First seen, or seen again after a restart of the daemon: its idle time begins anew.
-        reservation.last_used = reservation.last_used.max(now);
-        return;
-    };
-    let elapsed = now.saturating_sub(last.at);
-    if elapsed < 1000 {
-        return;
-    }
-    let used = unit.cpu_usec.saturating_sub(last.cpu_usec);
-    if used.saturating_mul(BUSY_SHARE) > elapsed.saturating_mul(1000) {
-        reservation.last_used = now;
-    }
-    *last = sample;
 }
