@@ -12,24 +12,33 @@ const DEFAULT_MIRROR: &str = "http://deb.debian.org/debian";
 
 /// What is in the guest beside the essential packages.
 const PACKAGES: &[&str] = &[
+    "btrfs-progs",
     "ca-certificates",
+    "conmon",
+    "crun",
     "curl",
     "dbus",
+    "dmsetup",
     "e2fsprogs",
+    "earlyoom",
     "initramfs-tools",
     "kmod",
     "linux-image-cloud-amd64",
     "llama.cpp-tools",
     "llama.cpp-tools-extra",
     "mount",
+    "netavark",
     "openssh-server",
     "passwd",
+    "podman",
     "polkitd",
     "procps",
     "systemd",
+    "systemd-oomd",
     "systemd-sysv",
     "udev",
     "util-linux",
+    "xfsprogs",
 ];
 
 /// Run in the new root, with its path as `$1`, after the packages are configured. `$KEYS` holds
@@ -69,10 +78,17 @@ for unit in apt-daily.timer apt-daily-upgrade.timer man-db.timer e2scrub_all.tim
     fstrim.timer dpkg-db-backup.timer systemd-networkd-wait-online.service getty@tty1.service; do
   chroot "$root" systemctl --quiet mask "$unit" 2>/dev/null || true
 done
+# Installed for the scenarios that start them.
+for unit in earlyoom.service systemd-oomd.service systemd-oomd.socket podman.service podman.socket \
+    podman-auto-update.timer podman-auto-update.service podman-restart.service podman-clean-transient.service \
+    xfs_scrub_all.timer; do
+  chroot "$root" systemctl --quiet disable "$unit" 2>/dev/null || true
+done
 printf '[Journal]\nStorage=persistent\nRateLimitIntervalSec=0\n' > "$root/etc/systemd/journald.conf"
 # A small initial RAM disk: unpacking it takes long under emulation.
 printf 'MODULES=list\nCOMPRESS=zstd\n' > "$root/etc/initramfs-tools/conf.d/plimsoll"
 printf 'virtio_pci\nvirtio_blk\next4\n' >> "$root/etc/initramfs-tools/modules"
+rm -f "$root"/usr/share/initramfs-tools/hooks/btrfs "$root"/usr/share/initramfs-tools/hooks/dmsetup
 chroot "$root" update-initramfs -u -k all
 rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/usr/share/doc/*
 : > "$root/etc/machine-id"
