@@ -571,3 +571,28 @@ fn a_swapfile_that_fails_ends_in_a_refusal_and_nobody_was_stopped_for_it() {
     assert!(refusal.to_string().contains("swap can't help: the kernel does not take it as swap"));
     sound(&s);
 }
+
+#[test]
+fn one_that_fails_to_load_again_and_again_stops_nobody_any_more() {
+    let text = "at = [
+         { seconds = 40, start = 'broken' }, { seconds = 50, crash = 'broken' },
+         { seconds = 100, restart = 'broken' }, { seconds = 110, crash = 'broken' },
+         { seconds = 160, restart = 'broken' }, { seconds = 170, crash = 'broken' },
+         { seconds = 220, restart = 'broken' }, { seconds = 300, stop = 'low' }, { seconds = 310, restart = 'broken' }]
+         [machine]
+         memory = '128GiB'
+         system = '4GiB'
+         [models]
+         low = { weights = '60GiB', placement = 'anonymous', priority = 10 }
+         broken = { weights = '80GiB', placement = 'anonymous', priority = 90, load-seconds = 20 }";
+    let mut s = simulation(text);
+    s.start("low").run(250);
+    let refusal = refusal(&s);
+    assert_eq!(refusal.kind, RefusalKind::FailsToLoad(3));
+    assert!(refusal.to_string().contains("failed to load 3 times"), "{refusal}");
+    assert_eq!((evicted(&s).len(), s.running()), (3, vec!["low".to_owned()]));
+    // With nobody to be stopped for it, it may try as often as it likes.
+    s.run(100);
+    assert_eq!(s.running(), ["broken"]);
+    sound(&s);
+}

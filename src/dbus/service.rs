@@ -68,7 +68,9 @@ impl From<Fault> for Error {
     fn from(fault: Fault) -> Self {
         let kind = match &fault {
             Fault::Refused(refusal) => match refusal.kind {
-                RefusalKind::WontFit | RefusalKind::UnitLimit(_) => Kind::WontFit,
+                RefusalKind::WontFit | RefusalKind::UnitLimit(_) | RefusalKind::FailsToLoad(_) => {
+                    Kind::WontFit
+                }
                 RefusalKind::UnknownSize(_) => Kind::UnknownSize,
                 RefusalKind::NamedIsPinned(_) => Kind::Pinned,
                 RefusalKind::WaitedTooLong(_) => Kind::Busy,

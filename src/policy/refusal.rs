@@ -23,6 +23,8 @@ pub enum RefusalKind {
     NamedIsPinned(Vec<Instance>),
     /// It waited as long as a wait may last, for these.
     WaitedTooLong(Vec<Instance>),
+    /// It failed to load so often in a row, and others would have to be stopped for it again.
+    FailsToLoad(u32),
 }
 
 /// A model that stays, and why it does.
@@ -169,6 +171,7 @@ fn advice(scene: &Scene<'_>, kind: &RefusalKind, gone: &[usize]) -> String {
             let named: Vec<String> = on.iter().map(|i| format!(" --instead-of {i}")).collect();
             return format!("plimsoll load {name}{}", named.concat());
         }
+        RefusalKind::FailsToLoad(_) => return format!("journalctl -u {}", name.unit()),
         RefusalKind::WontFit => {}
     }
     if let Some(rung) = request.advice.iter().find(|rung| scene.fits(rung, gone)) {
@@ -228,6 +231,14 @@ impl fmt::Display for Refusal {
                     f,
                     "{name} was refused: {} did not finish loading or stopping in time; try: {}",
                     list(on),
+                    self.advice
+                );
+            }
+            RefusalKind::FailsToLoad(times) => {
+                return write!(
+                    f,
+                    "{name} was refused: it has failed to load {times} times in a row, and others would have to be \
+                     stopped for it again; a start by hand tries once more; try: {}",
                     self.advice
                 );
             }

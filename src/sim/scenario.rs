@@ -140,6 +140,8 @@ pub struct Scripted {
     pub seconds: u64,
     /// Start this instance, as a person would.
     pub start: Option<Instance>,
+    /// Start this instance, as systemd does after a crash.
+    pub restart: Option<Instance>,
     /// Stop this instance, as a person would.
     pub stop: Option<Instance>,
     /// This instance crashes.

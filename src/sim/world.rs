@@ -47,6 +47,8 @@ struct SimUnit {
     /// Counts its starts; as text it is the InvocationID.
     invocation: u64,
     asked: bool,
+    /// systemd started it again after a crash.
+    restarted: bool,
     footprint: Footprint,
     /// memory.high of its control group.
     high: Option<Bytes>,
@@ -153,9 +155,9 @@ impl World {
                     self.units.get(&instance).is_some_and(|u| u.invocation == invocation && !u.asked);
                 let request = self.scenario.request(&instance, &invocation.to_string());
                 let (true, Some(mut request)) = (current, request) else { return };
-                request.explicit = true;
                 if let Some(unit) = self.units.get_mut(&instance) {
                     unit.asked = true;
+                    request.explicit = !unit.restarted;
                 }
                 self.sequence += 1;
                 let ticket = self.sequence;
@@ -178,6 +180,12 @@ impl World {
             Happening::Scripted(scripted) => {
                 if let Some(instance) = &scripted.start {
                     self.start(instance, None);
+                }
+                if let Some(instance) = &scripted.restart {
+                    self.start(instance, None);
+                    if let Some(unit) = self.units.get_mut(instance) {
+                        unit.restarted = true;
+                    }
                 }
                 if let Some(instance) = &scripted.stop {
                     out.push(Emitted::Event(Event::Unwanted(instance.clone())));
@@ -268,6 +276,7 @@ impl World {
         unit.state = UnitState::Activating;
         unit.invocation += 1;
         unit.asked = false;
+        unit.restarted = false;
         let invocation = unit.invocation;
         self.later(TO_ASK, Happening::Asks(instance.clone(), invocation));
     }

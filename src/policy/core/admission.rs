@@ -15,6 +15,8 @@ use crate::policy::request::{Mode, Request};
 const HOLD: u64 = 30_000;
 /// How long a request waits for others to finish loading or stopping; milliseconds.
 const PATIENCE: u64 = 20 * 60 * 1000;
+/// After so many failed loads in a row nobody is stopped for one more, unless a person starts it.
+const FAILED_LOADS: u32 = 3;
 /// How long the memory of a stopped model may take to come back; milliseconds.
 const SETTLE: u64 = 10_000;
 /// How often the machine is looked at meanwhile; milliseconds.
@@ -36,6 +38,9 @@ impl Core {
         if let Some(reservation) = granted {
             out.push(Action::Answer { ticket, answer: Ok(reservation.context) });
             return;
+        }
+        if request.explicit {
+            self.failed_loads.remove(&request.instance);
         }
         self.pending.retain(|p| p.request.instance != request.instance);
         self.pending.push(Pending { ticket, request, arrived: now, told: String::new() });
@@ -196,6 +201,12 @@ impl Core {
             return;
         }
         match planned {
+            Planned::Admit(plan) if self.is_in_vain(&active.pending.request, &plan) => {
+                let mut refusal = refusal_of(&active.pending.request, self.situation(machine, now));
+                let failed = self.failed_loads.get(&active.pending.request.instance);
+                refusal.kind = RefusalKind::FailsToLoad(failed.copied().unwrap_or_default());
+                self.refuse(active, Box::new(refusal), now, out);
+            }
             Planned::Admit(plan) => {
                 let done = |step: &Step| active.steps.iter().any(|done| step.is_done_by(done));
                 let next = plan.steps.iter().find(|step| !step.is_setting() && !done(step)).cloned();
@@ -234,6 +245,15 @@ impl Core {
             }
             Planned::Refuse(refusal) => self.refuse(active, refusal, now, out),
         }
+    }
+
+    /// Whether others would have to go for a load that has failed again and again.
+    fn is_in_vain(&self, request: &Request, plan: &Plan) -> bool {
+        let evicts = |step: &Step| {
+            matches!(step, Step::Stop { reason: StopReason::Evicted | StopReason::Replaced, .. })
+        };
+        let failed = self.failed_loads.get(&request.instance).copied().unwrap_or_default();
+        failed >= FAILED_LOADS && plan.steps.iter().any(evicts)
     }
 
     fn timed_out(&self, request: &Request, machine: &Machine, now: u64, on: Vec<Instance>) -> Box<Refusal> {

@@ -247,6 +247,8 @@ pub struct Core {
     activity: BTreeMap<Instance, activity::Activity>,
     /// Looks under way.
     looks: BTreeMap<ActionId, BTreeSet<Instance>>,
+    /// Loads that failed one after the other.
+    failed_loads: BTreeMap<Instance, u32>,
     decisions: VecDeque<Decision>,
     peaks: Peaks,
     next_id: ActionId,

@@ -10,6 +10,7 @@ impl Core {
     /// Takes over what was measured, moves reservations along, and drops those whose process is gone.
     pub(super) fn sync(&mut self, machine: &Machine, now: u64) {
         let unit = |instance: &Instance| machine.units.get(instance);
+        self.count_failed_loads(machine);
         self.holders.retain(|instance, r| lives(unit(instance), &r.invocation));
         for (instance, reservation) in &mut self.holders {
             let Some(unit) = unit(instance) else { continue };
@@ -42,6 +43,21 @@ impl Core {
         self.holders.retain(|instance, r| r.phase != Phase::Preparing || active == Some(instance));
         // Memory that came back after all is nobody's leak; it is told by the machine being whole again.
         self.leaks.retain(|leak| now.saturating_sub(leak.since) < LEAK_SHOWN);
+    }
+
+    /// Counts who ends while it loads, whoever ended it: a person who did starts it by hand again, and that is
+    /// another story.
+    fn count_failed_loads(&mut self, machine: &Machine) {
+        for (instance, reservation) in self.holders.iter().filter(|(_, r)| r.phase == Phase::Loading) {
+            let unit = machine.units.get(instance);
+            if !lives(unit, &reservation.invocation)
+                || unit.is_some_and(|u| u.state == UnitState::Deactivating)
+            {
+                *self.failed_loads.entry(instance.clone()).or_default() += 1;
+            } else if unit.is_some_and(|u| u.state == UnitState::Active) {
+                self.failed_loads.remove(instance);
+            }
+        }
     }
 
     /// Takes a running model into the ledger that is not in it.
