@@ -10,7 +10,7 @@ use super::output::{self, Align, Painter, Style, Table, gib, wrap};
 use super::verbs::{age, verdict_style};
 use crate::bytes::Bytes;
 use crate::dbus::CallError;
-use crate::dbus::report::{Classes, Decision, Model, Status};
+use crate::dbus::report::{Classes, Decision, Model, Quarantined, Status};
 
 /// How many decisions the overview shows.
 const DECISIONS: usize = 5;
@@ -106,6 +106,14 @@ fn overview(status: &Status, painter: Painter) -> String {
         out.push_str(
             &painter.paint(Style::Dim, wrap(&format!("Not running: {}", names.join(", ")), 2).trim_end()),
         );
+        out.push('\n');
+    }
+    for leak in &status.quarantined {
+        let Quarantined { instance, pool, bytes, .. } = leak;
+        let text = format!(
+            "{instance} did not return {bytes} of {pool} when it stopped: they are promised to nobody"
+        );
+        out.push_str(&painter.paint(Style::Yellow, wrap(&text, 2).trim_end()));
         out.push('\n');
     }
     if !status.decisions.is_empty() {
@@ -363,6 +371,7 @@ mod tests {
                 Model { pinned: true, requests: Some(2), ..model("glm-flash", "running") },
                 model("deepseek", "inactive"),
             ],
+            quarantined: Vec::new(),
             decisions: vec![Decision {
                 kind: "refuse".into(),
                 instance: "deepseek".into(),
@@ -373,6 +382,18 @@ mod tests {
             }],
             problems: Vec::new(),
         }
+    }
+
+    #[test]
+    fn what_was_not_returned_is_shown() {
+        let leak = Quarantined {
+            instance: "glm-flash".into(),
+            pool: "card0".into(),
+            bytes: Bytes::gib(35),
+            since_msec: 7,
+        };
+        let text = overview(&Status { quarantined: vec![leak], ..sample() }, Painter::plain());
+        assert!(text.contains("glm-flash did not return 35.0 GiB of card0 when it stopped"), "{text}");
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub struct Status {
     pub swap: Swap,
     /// Every configured model, and every instance that runs.
     pub models: Vec<Model>,
+    /// Memory that models did not return when they stopped, of the last day: it counts as the system's.
+    pub quarantined: Vec<Quarantined>,
     /// The last decisions, newest first.
     pub decisions: Vec<Decision>,
     /// What is wrong with the configuration, one sentence each.
@@ -43,6 +45,20 @@ pub struct Pool {
     pub measured_bytes: Bytes,
     /// What could still be promised.
     pub headroom_bytes: Bytes,
+}
+
+/// Memory that was expected back and did not come.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Quarantined {
+    /// Of which model.
+    pub instance: String,
+    /// From which pool it is missing.
+    pub pool: String,
+    /// How much.
+    pub bytes: Bytes,
+    /// Since when; milliseconds since boot.
+    pub since_msec: u64,
 }
 
 /// Swap of the machine.

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::report::{
-    Basis as Correction, Classes, Decision as Shown, Model, Pool as PoolReport, Status, Swap, SwapArea,
+    Basis as Correction, Classes, Decision as Shown, Model, Pool as PoolReport, Quarantined, Status, Swap,
+    SwapArea,
 };
 use crate::bytes::Bytes;
 use crate::config::{Instance, ModelName};
@@ -11,7 +12,7 @@ use crate::ledger::{
     self, Basis, Charges, Footprint, Machine, Measured, PerPool, Phase, Pool, Reservation, SwapOwner, Unit,
     UnitState, capacity,
 };
-use crate::policy::core::Owed;
+use crate::policy::core::{Leak, Owed};
 use crate::policy::decision::{Account, Kind};
 use crate::policy::{Core, Decision, Mode, Planned, Refusal, RefusalKind, Request, Verdict};
 use crate::ports::ModelInfo;
@@ -60,8 +61,22 @@ pub(super) fn status(
             areas: machine.swaps.iter().map(swap_area).collect(),
         },
         models: instances(core, machine, models, now),
+        quarantined: core.leaks().iter().map(|leak| quarantined(leak, machine)).collect(),
         decisions: core.decisions().rev().take(SHOWN).map(shown).collect(),
         problems,
+    }
+}
+
+fn quarantined(leak: &Leak, machine: &Machine) -> Quarantined {
+    Quarantined {
+        instance: leak.instance.to_string(),
+        pool: match leak.pool {
+            Pool::Memory => "memory".to_owned(),
+            Pool::Gpu(n) => machine.gpus.get(n).map(|gpu| gpu.name.clone()).unwrap_or_default(),
+            Pool::Slice => "llm.slice".to_owned(),
+        },
+        bytes: leak.bytes,
+        since_msec: leak.since,
     }
 }
 
