@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::bytes::Bytes;
 use crate::config::{Instance, ModelName, NameError};
-use crate::ledger::{Gpu, Machine};
+use crate::ledger::{Gpu, Machine, Measured};
 use crate::policy::core::Effect;
 use crate::policy::{ActionId, Mode, Outcome, Peers, Refusal, Request, Rung};
 
@@ -21,6 +21,11 @@ pub trait Ports {
     /// A fresh reading of the machine. Cheap enough for every event: what takes longer (the page
     /// cache of files) is read elsewhere and only handed in.
     fn observe(&mut self) -> Machine;
+
+    /// What a process that is no model's and all that it has started hold.
+    fn measure(&mut self, _pid: u32) -> Measured {
+        Measured::default()
+    }
 
     /// Begins an effect and returns at once; its outcome goes to `done`, exactly once. A start has
     /// its outcome when the unit answers, or when its start has failed.

@@ -1,10 +1,12 @@
 //! Messages to the service manager, sd_notify(3).
 
-use std::io;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 use nix::time::{ClockId, clock_gettime};
 
 /// The service manager that started this process, if one did.
@@ -76,6 +78,27 @@ impl Notifier {
         self.send(&format!("EXTEND_TIMEOUT_USEC={}", time.as_micros()))
     }
 
+    /// Has a copy of `descriptor` kept across a restart of this service, under this name; a store that is full or not
+    /// there drops it silently.
+    pub fn store(&self, name: &str, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        let Some((socket, address)) = &self.socket else { return Ok(()) };
+        let to = match (address.as_pathname(), address.as_abstract_name()) {
+            (Some(path), _) => UnixAddr::new(path)?,
+            (None, Some(name)) => UnixAddr::new_abstract(name)?,
+            (None, None) => return Err(io::Error::from(io::ErrorKind::Unsupported)),
+        };
+        let message = format!("FDSTORE=1\nFDNAME={}", one_line(name));
+        let (parts, descriptors) = ([IoSlice::new(message.as_bytes())], [descriptor.as_raw_fd()]);
+        let with = [ControlMessage::ScmRights(&descriptors)];
+        sendmsg(socket.as_raw_fd(), &parts, &with, MsgFlags::empty(), Some(&to))?;
+        Ok(())
+    }
+
+    /// Has the descriptors of this name kept no longer.
+    pub fn forget(&self, name: &str) -> io::Result<()> {
+        self.send(&format!("FDSTOREREMOVE=1\nFDNAME={}", one_line(name)))
+    }
+
     fn send(&self, message: &str) -> io::Result<()> {
         let Some((socket, address)) = &self.socket else { return Ok(()) };
         socket.send_to_addr(message.as_bytes(), address).map(drop)
@@ -104,6 +127,8 @@ fn one_line(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     fn received(socket: &UnixDatagram) -> String {
@@ -129,6 +154,10 @@ mod tests {
             assert_eq!(received(socket), "STATUS=loading MAINPID=1");
             notifier.extend_timeout(Duration::from_secs(120)).unwrap();
             assert_eq!(received(socket), "EXTEND_TIMEOUT_USEC=120000000");
+            notifier.store("lease-1", socket.as_fd()).unwrap();
+            assert_eq!(received(socket), "FDSTORE=1\nFDNAME=lease-1");
+            notifier.forget("lease-1").unwrap();
+            assert_eq!(received(socket), "FDSTOREREMOVE=1\nFDNAME=lease-1");
             notifier.reloading().unwrap();
             let message = received(socket);
             let time = message.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap();

@@ -16,6 +16,7 @@ mod gate;
 mod generator;
 mod hold;
 mod inquiry;
+mod lease;
 mod load;
 mod log;
 mod opinion;
@@ -59,7 +60,7 @@ pub fn command() -> clap::Command {
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
     if generator::is_meant(args.first()) {
-        return ExitCode::from(end(generator::main(&args[1..])) as u8);
+        return ExitCode::from(end(generator::main(&args[1..]).map(|exit| exit as u8)));
     }
     let parsed = command().try_get_matches_from(args).and_then(|m| Cli::from_arg_matches(&m));
     let cli = match parsed {
@@ -70,11 +71,11 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8));
         }
     };
-    ExitCode::from(end(dispatch(cli)) as u8)
+    ExitCode::from(end(dispatch(cli)))
 }
 
 /// Says what went wrong, if something did.
-fn end(result: Result<Exit, Failure>) -> Exit {
+fn end(result: Result<u8, Failure>) -> u8 {
     let failure = match result {
         Ok(exit) => return exit,
         Err(failure) => failure,
@@ -83,12 +84,13 @@ fn end(result: Result<Exit, Failure>) -> Exit {
     if let Some(hint) = &failure.hint {
         output::eprint(&format!("hint: {hint}"));
     }
-    failure.exit
+    failure.exit as u8
 }
 
-fn dispatch(cli: Cli) -> Result<Exit, Failure> {
+fn dispatch(cli: Cli) -> Result<u8, Failure> {
     let common = &cli.common;
     let done = match cli.verb {
+        Verb::Lease(args) => return lease::lease(common, &args),
         Verb::Plan(args) => verbs::plan(common, &args),
         Verb::Load(args) => load::load(common, &args),
         Verb::Unload(args) => load::unload(common, &args),
@@ -101,16 +103,16 @@ fn dispatch(cli: Cli) -> Result<Exit, Failure> {
         Verb::Mode(args) => verbs::mode(common, &args),
         Verb::Swap(args) => swap::swap(common, &args),
         Verb::Reload(_) => verbs::reload(common),
-        Verb::Doctor(args) => return doctor::doctor(common, &args),
-        Verb::Validate(args) => return validate::validate(&args),
-        Verb::WaitReady(args) => return wait_ready::wait_ready(&args),
-        Verb::Run(args) => return run::run(common, &args),
-        Verb::Hold(args) => return hold::hold(&args),
+        Verb::Doctor(args) => return Ok(doctor::doctor(common, &args)? as u8),
+        Verb::Validate(args) => return Ok(validate::validate(&args)? as u8),
+        Verb::WaitReady(args) => return Ok(wait_ready::wait_ready(&args)? as u8),
+        Verb::Run(args) => return Ok(run::run(common, &args)? as u8),
+        Verb::Hold(args) => return Ok(hold::hold(&args)? as u8),
         Verb::Fit(args) => fit::fit(&args),
         Verb::Catalogue(args) => catalogue::catalogue(&args),
         Verb::Completions(args) => completions::print(args.shell),
     };
-    done.map(|()| Exit::Done)
+    done.map(|()| Exit::Done as u8)
 }
 
 /// Runs `future` on a runtime of this thread.

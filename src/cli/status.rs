@@ -10,7 +10,7 @@ use super::output::{self, Align, Painter, Style, Table, gib, wrap};
 use super::verbs::{age, verdict_style};
 use crate::bytes::Bytes;
 use crate::dbus::CallError;
-use crate::dbus::report::{Classes, Decision, Model, Quarantined, Status};
+use crate::dbus::report::{Classes, Decision, Lease, Model, Quarantined, Status};
 
 /// How many decisions the overview shows.
 const DECISIONS: usize = 5;
@@ -99,6 +99,13 @@ fn overview(status: &Status, painter: Painter) -> String {
                 &if own { message.clone() } else { format!("{}: {message}", model.instance) },
                 2,
             ));
+        }
+    }
+    if !status.leases.is_empty() {
+        out.push('\n');
+        out.push_str(&leases(&status.leases, painter));
+        for lease in status.leases.iter().filter(|lease| !lease.message.is_empty()) {
+            out.push_str(&wrap(&format!("{}: {}", lease.lease, lease.message), 2));
         }
     }
     if !quiet.is_empty() {
@@ -223,6 +230,41 @@ fn models(shown: &[&Model], painter: Painter) -> String {
         ]);
     }
     table.render(painter)
+}
+
+/// What is held for something that is no model.
+fn leases(shown: &[Lease], painter: Painter) -> String {
+    let mut table = Table::new(&[
+        ("LEASE", Align::Left),
+        ("STATE", Align::Left),
+        ("PRIO", Align::Right),
+        ("MAPPED", Align::Right),
+        ("HOST", Align::Right),
+        ("GPU", Align::Right),
+        ("PROCESS", Align::Right),
+        ("USER", Align::Right),
+    ]);
+    for lease in shown {
+        let (p, m): (&Classes, &Classes) = (&lease.predicted, &lease.measured);
+        let held = lease.state == "held";
+        table.row(vec![
+            (lease.lease.clone(), Style::Bold),
+            (lease.state.clone(), if held { Style::Green } else { Style::Yellow }),
+            plain(lease.priority.to_string()),
+            plain(against(p.mapped_bytes, m.mapped_bytes)),
+            plain(against(p.private_bytes, m.private_bytes)),
+            plain(against(p.gpu_bytes, m.gpu_bytes)),
+            plain(lease.pid.to_string()),
+            plain(user(lease.uid)),
+        ]);
+    }
+    table.render(painter)
+}
+
+/// A user's name, or number.
+fn user(uid: u32) -> String {
+    let known = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid)).ok().flatten();
+    known.map_or_else(|| uid.to_string(), |user| user.name)
 }
 
 fn decision_line(decision: &Decision, painter: Painter) -> String {
@@ -380,6 +422,16 @@ mod tests {
                     .into(),
                 ..Decision::default()
             }],
+            leases: vec![Lease {
+                lease: "lease:make".into(),
+                state: "held".into(),
+                priority: 50,
+                pid: 4711,
+                uid: 0,
+                predicted: Classes { private_bytes: Bytes::gib(20), ..Classes::default() },
+                measured: Classes { private_bytes: Bytes::gib(3), ..Classes::default() },
+                ..Lease::default()
+            }],
             problems: Vec::new(),
         }
     }
@@ -410,6 +462,9 @@ MODEL      STATE    PRIO  CONTEXT     MAPPED     HOST  GPU  IDLE
 glm-flash  running   50*  4x16384  33.0/32.0  4.0/0.0    -  busy
 GiB, predicted/measured. MAPPED weights are pages of their files, HOST is private.
 * pinned: never evicted
+
+LEASE       STATE  PRIO  MAPPED      HOST  GPU  PROCESS  USER
+lease:make  held     50       -  20.0/3.0    -     4711  root
 Not running: deepseek
 
 Last decisions

@@ -15,13 +15,19 @@ use super::problem::quoted;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModelName(String);
 
-/// A running copy of a model: `NAME`, or `NAME@2` for the second one.
+/// What a text that means a lease begins with; no model's name has a colon.
+const LEASE: &str = "lease:";
+
+/// A running copy of a model: `NAME`, or `NAME@2` for the second one. Or something else that holds memory like one, a
+/// lease of that name: `lease:NAME`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Instance {
     /// The configured model.
     pub model: ModelName,
     /// 1 for `NAME`, n for `NAME@n`; at most 99.
     pub number: u8,
+    /// A lease, not a model.
+    pub lease: bool,
 }
 
 /// Why a text is not the name of a model or an instance.
@@ -74,7 +80,13 @@ impl Instance {
     /// The first (normally the only) instance of a model.
     #[must_use]
     pub fn first(model: ModelName) -> Self {
-        Self { model, number: 1 }
+        Self { model, number: 1, lease: false }
+    }
+
+    /// A lease.
+    #[must_use]
+    pub fn lease(name: ModelName, number: u8) -> Self {
+        Self { model: name, number, lease: true }
     }
 
     /// Its systemd unit.
@@ -86,7 +98,8 @@ impl Instance {
     /// The instance that a systemd unit runs, if it is one of ours.
     #[must_use]
     pub fn from_unit(unit: &str) -> Option<Self> {
-        unit.strip_prefix("llm@")?.strip_suffix(".service")?.parse().ok()
+        let instance: Self = unit.strip_prefix("llm@")?.strip_suffix(".service")?.parse().ok()?;
+        Some(instance).filter(|instance| !instance.lease)
     }
 
     /// The port at which it serves when the first instance of its model serves at `first`; none
@@ -107,13 +120,16 @@ impl FromStr for Instance {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
+        let (text, lease) = text.strip_prefix(LEASE).map_or((text, false), |name| (name, true));
         let Some((model, number)) = text.split_once('@') else {
-            return Ok(Self::first(text.parse()?));
+            return Ok(Self { model: text.parse()?, number: 1, lease });
         };
         let digits =
             !number.is_empty() && !number.starts_with('0') && number.bytes().all(|b| b.is_ascii_digit());
         match number.parse::<u8>() {
-            Ok(number) if digits && (2..=99).contains(&number) => Ok(Self { model: model.parse()?, number }),
+            Ok(number) if digits && (2..=99).contains(&number) => {
+                Ok(Self { model: model.parse()?, number, lease })
+            }
             _ => Err(NameError::Number(quoted(text))),
         }
     }
@@ -121,10 +137,10 @@ impl FromStr for Instance {
 
 impl fmt::Display for Instance {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.number == 1 {
-            f.pad(self.model.as_str())
-        } else {
-            f.pad(&format!("{}@{}", self.model, self.number))
+        match (self.lease, self.number) {
+            (false, 1) => f.pad(self.model.as_str()),
+            (true, 1) => f.pad(&format!("{LEASE}{}", self.model)),
+            (lease, number) => f.pad(&format!("{}{}@{number}", if lease { LEASE } else { "" }, self.model)),
         }
     }
 }
@@ -157,6 +173,20 @@ mod tests {
             assert_eq!(instance.to_string(), text);
             assert_eq!(instance.unit(), unit);
             assert_eq!(Instance::from_unit(unit), Some(instance));
+        }
+    }
+
+    #[test]
+    fn a_lease_is_no_model_and_has_no_unit() {
+        for text in ["lease:make", "lease:make@7"] {
+            let lease: Instance = text.parse().unwrap();
+            assert!(lease.lease);
+            assert_eq!(lease.to_string(), text);
+            assert_eq!(Instance::from_unit(&format!("llm@{text}.service")), None);
+        }
+        assert_ne!("lease:make".parse::<Instance>(), "make".parse());
+        for text in ["lease:", "lease:lease:a", "lease:a@1", "a:b", "lease:a/b"] {
+            assert!(text.parse::<Instance>().is_err(), "{text:?}");
         }
     }
 

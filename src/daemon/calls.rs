@@ -54,6 +54,7 @@ impl Daemon {
                 self.step(Event::Pin(instance.model, pinned));
                 let _ = reply.send(());
             }
+            Command::Lease(ask) => self.lease(ask),
             Command::Swap(effect, reply) => self.swap(effect, reply),
             Command::SetMode(mode, reply) => {
                 self.mode = Some(mode);
@@ -95,7 +96,7 @@ impl Daemon {
     fn show(&mut self, looking: Looking) {
         let (machine, now) = (self.observe(), self.parts.ports.now());
         let Looking { models, problems, reply, .. } = looking;
-        let _ = reply.send(view::status(&self.core, &machine, &models, problems, now));
+        let _ = reply.send(view::status(&self.core, &machine, &self.leases, &models, problems, now));
     }
 
     /// Makes or removes a swapfile for a person, unless a model needs it.
@@ -260,7 +261,9 @@ impl Daemon {
     /// A request with what only the state and the machine can tell: pins, and the administrator's
     /// limit on the unit.
     pub(super) fn completed(&self, mut request: Request) -> Request {
-        if let Some(pinned) = self.core.pins().get(&request.instance.model) {
+        if let Some(pinned) =
+            self.core.pins().get(&request.instance.model).filter(|_| !request.instance.lease)
+        {
             request.pinned = *pinned;
         }
         let unit = self.machine.units.get(&request.instance);
@@ -333,7 +336,9 @@ impl Daemon {
             .units
             .iter()
             .filter(|(instance, unit)| {
-                unit.state == UnitState::Active && !self.core.holders().contains_key(*instance)
+                unit.state == UnitState::Active
+                    && !instance.lease
+                    && !self.core.holders().contains_key(*instance)
             })
             .map(|(instance, unit)| (instance.clone(), unit.invocation.clone()))
             .collect();
@@ -343,6 +348,9 @@ impl Daemon {
     }
 
     pub(super) fn answer(&mut self, ticket: u64, answer: Result<u64, Box<Refusal>>) {
+        if self.answer_lease(ticket, &answer) {
+            return;
+        }
         if let Err(refusal) = &answer {
             self.jobs.refused(&refusal.instance, &refusal.to_string());
         }
@@ -402,6 +410,7 @@ fn unknown(instance: &Instance, invocation: &str, why: Option<&str>) -> Request 
         force: false,
         no_restore: false,
         explicit: false,
+        patience: Default::default(),
         unknown: None,
         unit_limit: None,
     }

@@ -5,17 +5,20 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use nix::time::{ClockId, clock_gettime};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use super::input::{Command, Input};
 use super::jobs::{Job, JobKind};
+use super::leases::LeaseAsk;
 use super::report::Status;
 use crate::bytes::Bytes;
-use crate::config::Instance;
-use crate::ledger::{Machine, SwapName, SwapOwner, UnitState};
+use crate::config::{Instance, ModelName};
+use crate::ledger::{Footprint, Machine, SwapName, SwapOwner, UnitState};
+use crate::os::pidfd_open;
 use crate::policy::core::Effect;
 use crate::policy::{Decision, Mode, Refusal};
 use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Wish};
@@ -57,6 +60,9 @@ pub enum Fault {
     /// Something else has to end first.
     #[error("{0}")]
     Busy(String),
+    /// There are as many as there may be.
+    #[error("{0}")]
+    TooMany(String),
     /// Anything else.
     #[error("{0}")]
     Failed(String),
@@ -80,6 +86,27 @@ pub struct Peer {
     pub pid: u32,
     /// A descriptor of it, where the bus has one.
     pub pidfd: Option<OwnedFd>,
+    /// Its user.
+    pub uid: u32,
+}
+
+/// Memory to be held for something that is no model.
+#[derive(Debug)]
+pub struct LeaseWish {
+    /// The process that holds it: it ends with that.
+    pub holder: Peer,
+    /// Its name for people.
+    pub name: ModelName,
+    /// How much of the host's memory.
+    pub bytes: Bytes,
+    /// How much of the first GPU's.
+    pub gpu_bytes: Bytes,
+    /// As much as this model takes, at this context or the configured one, instead.
+    pub like: Option<(String, Option<u64>)>,
+    /// 0 to 100: only strictly lower ones are evicted for it.
+    pub priority: u8,
+    /// Wait until there is room, rather than be refused.
+    pub wait: bool,
 }
 
 /// The outcome of [`Asking::prove`], later.
@@ -118,6 +145,7 @@ pub struct Handle {
     /// For files of callers, which may be made to block for ever.
     foreign: Arc<Turns>,
     jobs: Arc<AtomicU32>,
+    leases: Arc<AtomicU64>,
 }
 
 impl Handle {
@@ -134,6 +162,8 @@ impl Handle {
             slow: Turns::new(2, 32),
             foreign: Turns::new(1, 4),
             jobs: Arc::new(AtomicU32::new(0)),
+            // Later than that of any daemon before it.
+            leases: Arc::new(AtomicU64::new(boot_usec())),
         }
     }
 
@@ -253,6 +283,61 @@ impl Handle {
         Ok(problems)
     }
 
+    /// Holds memory for as long as the descriptor that it returns is open somewhere, and its holder lives.
+    ///
+    /// # Errors
+    /// The refusal, or what is wrong with the wish.
+    pub async fn lease(&self, wish: LeaseWish) -> Result<(u64, OwnedFd), Fault> {
+        let LeaseWish { holder, name, bytes, gpu_bytes, like, priority, wait } = wish;
+        let footprint = match like {
+            Some((model, context)) => self.footprint_like(model, context).await?,
+            None => Footprint { private: bytes, ..Footprint::default() },
+        };
+        let mut footprint = footprint;
+        if !gpu_bytes.is_zero() {
+            if self.machine().gpus.is_empty() {
+                return Err(Fault::Failed("this machine has no GPU whose memory could be held".to_owned()));
+            }
+            footprint.gpus.resize(footprint.gpus.len().max(1), Bytes::ZERO);
+            footprint.gpus[0] = gpu_bytes.max(footprint.gpus[0]);
+        }
+        if footprint.total().is_zero() {
+            return Err(Fault::Failed("a lease of nothing holds nothing: give it a size".to_owned()));
+        }
+        let gone = |_| Fault::Failed("the process that asks has ended".to_owned());
+        let pidfd = holder.pidfd.map_or_else(|| pidfd_open(holder.pid), Ok).map_err(gone)?;
+        let id = self.leases.fetch_add(1, Ordering::Relaxed);
+        let began = Arc::new(Notify::new());
+        let (uid, pid, told) = (holder.uid, holder.pid, Arc::clone(&began));
+        let held = self
+            .call(|reply| {
+                let ask =
+                    LeaseAsk { id, name, uid, pid, pidfd, footprint, priority, wait, began: told, reply };
+                Command::Lease(ask)
+            })
+            .await??;
+        // Its object is there before anybody can look for it.
+        began.notified().await;
+        Ok((id, held))
+    }
+
+    /// What a model would take.
+    async fn footprint_like(&self, model: String, context: Option<u64>) -> Result<Footprint, Fault> {
+        let gpus = self.machine().gpus.clone();
+        let catalog = Arc::clone(&self.catalog);
+        let weigh = move || {
+            let instance = Some(catalog.resolve(&model)?);
+            catalog.request(&Wish { instance, context, ..Wish::default() }, &gpus)
+        };
+        let request = self.read_models(weigh).await??;
+        let rung = request.ladder.into_iter().next();
+        rung.map(|rung| rung.footprint).ok_or_else(|| {
+            let why = request.unknown.unwrap_or_else(|| "there is no estimate".to_owned());
+            let name = request.instance;
+            Fault::Catalog(CatalogError::Config(format!("the size of {name} is unknown: {why}; give a size")))
+        })
+    }
+
     /// Makes a swapfile of this size, and returns once it is in use.
     ///
     /// # Errors
@@ -349,4 +434,10 @@ impl Handle {
         self.send(command(reply));
         answer.await.map_err(|_| Fault::Failed("the daemon is ending".to_owned()))
     }
+}
+
+/// Microseconds since boot, suspend included.
+fn boot_usec() -> u64 {
+    let since = clock_gettime(ClockId::CLOCK_BOOTTIME).map(std::time::Duration::from).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }

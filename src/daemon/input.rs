@@ -5,10 +5,11 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use super::handle::{Asker, Fault, LoadOptions};
 use super::jobs::{Job, JobResult};
+use super::leases::{LeaseAsk, LeaseInfo};
 use crate::config::Instance;
 use crate::policy::core::Effect;
 use crate::policy::{Decision, Event, Mode, Request};
@@ -31,6 +32,8 @@ pub enum Input {
     Weighed(Box<Weighed>),
     /// The configuration was looked at off the loop.
     Rules(Box<Rulebook>),
+    /// A lease has ended, or whoever waited for it is gone: its number.
+    LeaseEnded(u64),
     /// Read the configuration again (SIGHUP).
     Reload,
     /// It was read again.
@@ -63,6 +66,8 @@ pub enum Command {
     Unload(Job),
     /// Pin or unpin a model.
     Pin(Instance, bool, oneshot::Sender<()>),
+    /// Hold memory for something that is no model.
+    Lease(LeaseAsk),
     /// Make or remove a swapfile for a person.
     Swap(Effect, oneshot::Sender<Result<(), Fault>>),
     /// Enforce or observe.
@@ -128,6 +133,10 @@ pub enum Publication {
     JobProgress(u32, String),
     /// A job has ended.
     JobEnded(Job, JobResult, String),
+    /// A lease is held; whoever waits for its object on the bus is told.
+    LeaseBegan(LeaseInfo, Arc<Notify>),
+    /// A lease has ended: its number.
+    LeaseEnded(u64),
     /// Enforcing or observing from now on.
     Mode(Mode),
 }

@@ -12,6 +12,7 @@ pub mod handle;
 mod input;
 mod jobs;
 pub mod journal;
+pub mod leases;
 pub mod real;
 pub mod report;
 mod rules;
@@ -22,8 +23,9 @@ mod state;
 mod tests;
 mod view;
 
-pub use handle::{Asker, Asking, Fault, Handle, LoadOptions, Peer, Proof};
+pub use handle::{Asker, Asking, Fault, Handle, LeaseWish, LoadOptions, Peer, Proof};
 pub use input::{Input, Publication};
 pub use jobs::{Job, JobKind, JobResult};
+pub use leases::LeaseInfo;
 pub use run::{Daemon, Parts};
 pub use state::{Durable, Store};

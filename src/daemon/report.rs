@@ -23,6 +23,8 @@ pub struct Status {
     pub models: Vec<Model>,
     /// Memory that models did not return when they stopped, of the last day: it counts as the system's.
     pub quarantined: Vec<Quarantined>,
+    /// Memory that is held for what is no model, or waited for.
+    pub leases: Vec<Lease>,
     /// The last decisions, newest first.
     pub decisions: Vec<Decision>,
     /// What is wrong with the configuration, one sentence each.
@@ -168,6 +170,30 @@ pub struct Model {
     /// Labels.
     pub modes: Vec<String>,
     /// A sentence on it: why it failed or what it waits for.
+    pub message: String,
+}
+
+/// Memory that is held for something that is no model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Lease {
+    /// Its name for people.
+    pub name: String,
+    /// Its name in decisions: `lease:NAME`, or `lease:NAME@N` for another of that name.
+    pub lease: String,
+    /// `waiting` or `held`.
+    pub state: String,
+    /// 0 to 100: only strictly lower ones are evicted for it.
+    pub priority: u8,
+    /// The process that holds it.
+    pub pid: u32,
+    /// Its user.
+    pub uid: u32,
+    /// What is held.
+    pub predicted: Classes,
+    /// What the process and all that it has started were measured to hold.
+    pub measured: Classes,
+    /// What it waits for.
     pub message: String,
 }
 

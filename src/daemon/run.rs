@@ -11,6 +11,7 @@ use tokio::time::{Instant as Time, sleep_until};
 use super::handle::{Fault, Handle, LoadOptions};
 use super::input::{Input, Looking, Publication, Waiting};
 use super::jobs::Jobs;
+use super::leases::{KeptLease, Leases};
 use super::state::{Durable, Store};
 use super::{journal, view};
 use crate::action::notify::{Notifier, watchdog_interval};
@@ -46,6 +47,8 @@ pub struct Parts {
     pub survey: Option<Arc<dyn Fn() + Send + Sync>>,
     /// The service manager: watchdog, status, readiness after a reload.
     pub notifier: Notifier,
+    /// Leases that were held before a restart, and still are.
+    pub leases: Vec<KeptLease>,
 }
 
 /// The daemon; see the module's text.
@@ -67,6 +70,7 @@ pub struct Daemon {
     /// Instances that were found running, with the InvocationID that they were found with.
     pub(super) adopted: BTreeMap<Instance, String>,
     pub(super) jobs: Jobs,
+    pub(super) leases: Leases,
     /// Calls that wait for a swapfile, by the ids of their effects.
     pub(super) swapping: BTreeMap<ActionId, oneshot::Sender<Result<(), Fault>>>,
     /// Calls that wait for what the engines say, by the ids of their effects.
@@ -108,6 +112,7 @@ impl Daemon {
             restoring: BTreeMap::new(),
             adopted: BTreeMap::new(),
             jobs: Jobs::default(),
+            leases: Leases::default(),
             swapping: BTreeMap::new(),
             looking: BTreeMap::new(),
             weighers: Arc::new(Semaphore::new(WEIGHERS)),
@@ -120,6 +125,8 @@ impl Daemon {
         if let Some(rules) = daemon.parts.catalog.rulebook() {
             daemon.configure(rules, true);
         }
+        let kept = std::mem::take(&mut daemon.parts.leases);
+        daemon.take_back(kept);
         (daemon, handle, published)
     }
 
@@ -212,6 +219,7 @@ impl Daemon {
             Input::Command(command) => self.command(*command),
             Input::Weighed(weighed) => self.weighed(*weighed),
             Input::Rules(rules) => self.configure(*rules, false),
+            Input::LeaseEnded(id) => self.lease_ended(id),
             Input::Reload => self.reload(),
             Input::Reloaded(rules) => {
                 self.mode = None;
@@ -229,7 +237,9 @@ impl Daemon {
     }
 
     pub(super) fn observe(&mut self) -> Arc<Machine> {
-        let machine = Arc::new(self.parts.ports.observe());
+        let mut machine = self.parts.ports.observe();
+        self.leases.show(&mut machine, &mut *self.parts.ports);
+        let machine = Arc::new(machine);
         self.machine = Arc::clone(&machine);
         *self.latest.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&machine);
         machine
@@ -262,7 +272,9 @@ impl Daemon {
         while self.saving.is_none() {
             let Some(action) = self.outbox.pop_front() else { return };
             match action {
-                Action::Save(saved) => self.save(Durable { saved: *saved, mode: self.mode }),
+                Action::Save(saved) => {
+                    self.save(Durable { saved: *saved, mode: self.mode, leases: self.leases.saved() });
+                }
                 Action::Perform(id, effect) => {
                     if let Effect::Start(instance) = &effect {
                         self.restoring.insert(instance.clone(), self.parts.ports.now());

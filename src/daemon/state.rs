@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::leases::SavedLease;
 use crate::policy::{Mode, Saved};
 
 /// Everything that survives a restart of the daemon.
@@ -13,6 +14,8 @@ pub struct Durable {
     /// The mode that was set by hand; it holds until the configuration is read again by
     /// `Reload`, or the machine is booted.
     pub mode: Option<Mode>,
+    /// Whose the leases are. They end with the boot, as their holders do.
+    pub leases: Vec<SavedLease>,
 }
 
 /// Where it is kept.

@@ -100,6 +100,7 @@ impl Catalog for Fake {
             force: wish.force,
             no_restore: wish.no_restore,
             explicit: wish.explicit,
+            patience: Default::default(),
             unknown: (gib == 0).then(|| "strange".to_owned()),
             unit_limit: None,
         })
@@ -154,6 +155,7 @@ fn bench<F: Future<Output = ()>>(units: &[(&str, UnitState)], test: impl FnOnce(
             store: Some(Arc::new(fake.clone())),
             survey: None,
             notifier: Notifier::from_environment(),
+            leases: Vec::new(),
         };
         let (daemon, handle, published) = Daemon::new(parts, inputs.clone());
         let run = tokio::task::spawn_local(daemon.run(taken));

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use super::leases::Leases;
 use super::report::{
-    Basis as Correction, Classes, Decision as Shown, Model, Pool as PoolReport, Quarantined, Status, Swap,
+    Basis as Correction, Classes, Decision as Shown, Lease, Model, Pool as PoolReport, Quarantined, Status, Swap,
     SwapArea,
 };
 use crate::bytes::Bytes;
@@ -24,10 +25,16 @@ const SHOWN: usize = 16;
 pub(super) fn line(core: &Core, machine: &Machine) -> String {
     let waiting = core.waiting().count();
     let charged = charges(core.holders()).per_pool(machine, &[], None);
-    let mut line = match core.holders().len() {
+    let leases = core.holders().keys().filter(|instance| instance.lease).count();
+    let mut line = match core.holders().len() - leases {
         1 => "1 model".to_owned(),
         n => format!("{n} models"),
     };
+    match leases {
+        0 => {}
+        1 => line.push_str(", 1 lease"),
+        n => line.push_str(&format!(", {n} leases")),
+    }
     line.push_str(&format!(", {} reserved", charged.memory));
     if waiting > 0 {
         line.push_str(&format!(", {waiting} waiting"));
@@ -42,6 +49,7 @@ pub(super) fn line(core: &Core, machine: &Machine) -> String {
 pub(super) fn status(
     core: &Core,
     machine: &Machine,
+    leases: &Leases,
     models: &[ModelInfo],
     problems: Vec<String>,
     now: u64,
@@ -62,6 +70,7 @@ pub(super) fn status(
         },
         models: instances(core, machine, models, now),
         quarantined: core.leaks().iter().map(|leak| quarantined(leak, machine)).collect(),
+        leases: self::leases(core, machine, leases),
         decisions: core.decisions().rev().take(SHOWN).map(shown).collect(),
         problems,
     }
@@ -145,7 +154,8 @@ fn instances(core: &Core, machine: &Machine, models: &[ModelInfo], now: u64) -> 
         shown.insert(Instance::first((*name).clone()), Model::default());
     }
     let alive = machine.units.iter().filter(|(_, unit)| unit.state != UnitState::Inactive);
-    for instance in alive.map(|(instance, _)| instance).chain(core.holders().keys()) {
+    let held = alive.map(|(instance, _)| instance).chain(core.holders().keys());
+    for instance in held.filter(|instance| !instance.lease) {
         shown.insert(instance.clone(), Model::default());
     }
     let one = |instance: &Instance| {
@@ -153,6 +163,27 @@ fn instances(core: &Core, machine: &Machine, models: &[ModelInfo], now: u64) -> 
         model(core, instance, machine.units.get(instance), info, now)
     };
     shown.keys().map(one).collect()
+}
+
+/// Every lease, also those that wait.
+fn leases(core: &Core, machine: &Machine, leases: &Leases) -> Vec<Lease> {
+    let shown = machine.units.iter().filter(|(instance, _)| instance.lease);
+    let one = |(instance, unit): (&Instance, &Unit)| {
+        let holder = core.holders().get(instance);
+        let waits = core.waiting().find(|(waiting, _)| *waiting == instance);
+        Lease {
+            name: instance.model.to_string(),
+            lease: instance.to_string(),
+            state: if waits.is_some() { "waiting" } else { "held" }.to_owned(),
+            priority: holder.map_or(0, |holder| holder.priority),
+            pid: unit.main_pid,
+            uid: leases.find(instance).map_or(0, |lease| lease.uid),
+            predicted: holder.map(|holder| predicted(&holder.predicted)).unwrap_or_default(),
+            measured: measured(&unit.measured),
+            message: waits.map(|(_, told)| told.to_owned()).unwrap_or_default(),
+        }
+    };
+    shown.map(one).collect()
 }
 
 fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&ModelInfo>, now: u64) -> Model {
@@ -334,6 +365,7 @@ mod tests {
             force: false,
             no_restore: false,
             explicit: true,
+            patience: Default::default(),
             unknown: None,
             unit_limit: None,
         }
@@ -362,7 +394,7 @@ mod tests {
             context: 4096,
             ..ModelInfo::default()
         };
-        let status = status(&core, &machine, &[info], vec!["a problem".into()], 65_000);
+        let status = status(&core, &machine, &Leases::default(), &[info], vec!["a problem".into()], 65_000);
         let shown: Vec<(&str, &str, &str, u32)> = status
             .models
             .iter()

@@ -12,6 +12,8 @@ use super::error::{Error, Kind};
 
 /// Loading, unloading and pinning.
 pub const MANAGE_MODELS: &str = "org.plimsoll1.manage-models";
+/// Holding memory for something that is no model.
+pub const ACQUIRE_LEASE: &str = "org.plimsoll1.acquire-lease";
 /// Changing how memory is managed.
 pub const CONFIGURE: &str = "org.plimsoll1.configure";
 

@@ -1,6 +1,7 @@
 //! A client of the daemon: what every verb but `fit` and `validate` talks through.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 
 use futures_core::Stream;
@@ -29,6 +30,23 @@ pub struct LoadOptions {
     pub force: bool,
     /// Whoever is stopped for it stays stopped when it ends.
     pub no_restore: bool,
+}
+
+/// Memory to be held for something that is no model.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LeaseOptions {
+    /// How much of the host's memory; bytes.
+    pub bytes: u64,
+    /// How much of the first GPU's; bytes.
+    pub gpu_bytes: u64,
+    /// As much as this model takes instead.
+    pub like: Option<String>,
+    /// At this context length instead of the configured one; tokens.
+    pub context: Option<u64>,
+    /// 0 to 100: only strictly lower ones are evicted for it.
+    pub priority: u8,
+    /// Wait until there is room, rather than be refused.
+    pub wait: bool,
 }
 
 impl Client {
@@ -118,6 +136,27 @@ impl Client {
     /// Whatever the daemon refuses it with.
     pub async fn set_mode(&self, mode: &str) -> Result<(), CallError> {
         self.change("SetMode", &(mode,)).await
+    }
+
+    /// Holds memory for as long as the descriptor is open and this process lives. Waits, where that is asked for.
+    ///
+    /// # Errors
+    /// Whatever the daemon refuses it with.
+    pub async fn acquire_lease(&self, name: &str, options: &LeaseOptions) -> Result<OwnedFd, CallError> {
+        let mut map: HashMap<&str, Variant<'_>> =
+            HashMap::from([("priority", u32::from(options.priority).into()), ("wait", options.wait.into())]);
+        if options.gpu_bytes > 0 {
+            map.insert("gpu-bytes", options.gpu_bytes.into());
+        }
+        if let Some(like) = &options.like {
+            map.insert("like", like.as_str().into());
+        }
+        if let Some(context) = options.context {
+            map.insert("context", context.into());
+        }
+        let held: (zbus::OwnedFd, OwnedObjectPath) =
+            self.change("AcquireLease", &(name, options.bytes, map)).await?;
+        Ok(held.0.into())
     }
 
     /// Makes a swapfile of this size; returns once it is in use.

@@ -24,13 +24,15 @@ pub enum Kind {
     NotAuthorized,
     /// The caller of `Admit` is not the main process of that instance's unit.
     NotTheUnit,
+    /// There are as many leases as there may be.
+    TooMany,
     /// Anything else that failed.
     Failed,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::WontFit,
         Self::Busy,
         Self::Pinned,
@@ -39,6 +41,7 @@ impl Kind {
         Self::Config,
         Self::NotAuthorized,
         Self::NotTheUnit,
+        Self::TooMany,
         Self::Failed,
     ];
 
@@ -54,6 +57,7 @@ impl Kind {
             Self::Config => "org.plimsoll1.Error.Config",
             Self::NotAuthorized => "org.plimsoll1.Error.NotAuthorized",
             Self::NotTheUnit => "org.plimsoll1.Error.NotTheUnit",
+            Self::TooMany => "org.plimsoll1.Error.TooMany",
             Self::Failed => "org.plimsoll1.Error.Failed",
         }
     }
@@ -69,7 +73,7 @@ impl Kind {
     #[must_use]
     pub const fn exit_code(self) -> u8 {
         match self {
-            Self::WontFit | Self::Busy | Self::Pinned | Self::UnknownSize => 75,
+            Self::WontFit | Self::Busy | Self::Pinned | Self::UnknownSize | Self::TooMany => 75,
             Self::NotAuthorized | Self::NotTheUnit => 77,
             Self::NotFound | Self::Config => 78,
             Self::Failed => 1,

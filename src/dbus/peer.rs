@@ -25,5 +25,8 @@ pub async fn of(connection: &Connection, header: &Header<'_>) -> Result<Peer, Er
     let pid = credentials
         .process_id()
         .ok_or_else(|| unknown("the bus does not know the caller's process".to_owned()))?;
-    Ok(Peer { pid, pidfd: credentials.into_process_fd().map(OwnedFd::from) })
+    let uid = credentials
+        .unix_user_id()
+        .ok_or_else(|| unknown("the bus does not know the caller's user".to_owned()))?;
+    Ok(Peer { pid, uid, pidfd: credentials.into_process_fd().map(OwnedFd::from) })
 }

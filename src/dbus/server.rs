@@ -19,9 +19,9 @@ use crate::daemon::real::{
     Activities, Effects, Files, Gate, PageCache, RealPorts, SwapFiles, Units, call_off_removals, carry_out,
     follow, past_the_gate,
 };
-use crate::daemon::{Daemon, Input, Parts, journal, signals};
+use crate::daemon::{Daemon, Input, Parts, journal, leases, signals};
 use crate::host::Host;
-use crate::os::lock_memory;
+use crate::os::{lock_memory, stored_descriptors};
 use crate::policy::{Core, Rules};
 
 /// Threads for what blocks: headers of models, page cache, state files. Each kind has its own bound,
@@ -110,14 +110,17 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
         survey: Arc::clone(&survey),
     };
     let ports = RealPorts::new(host.clone(), Arc::clone(&units), cache, swap, effects)?;
+    let notifier = Notifier::from_environment();
+    let leases = leases::keep(durable.leases, stored_descriptors(), &host, &notifier);
     let parts = Parts {
+        leases,
         ports: Box::new(ports),
         catalog,
         core: Core::new(Rules::default(), durable.saved, same_boot),
         mode: durable.mode,
         store: Some(files),
         survey: Some(Arc::clone(&survey)),
-        notifier: Notifier::from_environment(),
+        notifier,
     };
     let (daemon, handle, published) = Daemon::new(parts, sender.clone());
     for (instance, invocation) in past_the_gate(&units, &host) {

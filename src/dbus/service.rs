@@ -11,12 +11,12 @@ use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant, interface};
 
-use super::authorize::{Authority, CONFIGURE, MANAGE_MODELS};
+use super::authorize::{ACQUIRE_LEASE, Authority, CONFIGURE, MANAGE_MODELS};
 use super::error::{Error, Kind};
 use super::{PATH, peer};
 use crate::bytes::Bytes;
-use crate::config::Instance;
-use crate::daemon::{Asking, Fault, Handle, Job, LoadOptions, Publication};
+use crate::config::{DEFAULT_PRIORITY, Instance, NameError};
+use crate::daemon::{Asking, Fault, Handle, Job, LeaseInfo, LeaseWish, LoadOptions, Publication};
 use crate::os::release_memory;
 use crate::policy::{Mode, RefusalKind};
 use crate::ports::CatalogError;
@@ -62,6 +62,9 @@ struct JobObject {
     progress: Mutex<String>,
 }
 
+/// `org.plimsoll1.Lease`.
+struct LeaseObject(LeaseInfo);
+
 type Variants = HashMap<&'static str, Variant<'static>>;
 
 impl From<Fault> for Error {
@@ -79,6 +82,7 @@ impl From<Fault> for Error {
             Fault::Catalog(CatalogError::Config(_)) => Kind::Config,
             Fault::NotTheUnit(_) => Kind::NotTheUnit,
             Fault::Busy(_) => Kind::Busy,
+            Fault::TooMany(_) => Kind::TooMany,
             Fault::Failed(_) => Kind::Failed,
         };
         Self::new(kind, fault.to_string())
@@ -88,6 +92,12 @@ impl From<Fault> for Error {
 /// The path of a job's object.
 fn job_path(number: u32) -> Result<OwnedObjectPath, Error> {
     let path = OwnedObjectPath::try_from(format!("{PATH}/job/{number}"));
+    path.map_err(|error| Error::new(Kind::Failed, error.to_string()))
+}
+
+/// The path of a lease's object.
+fn lease_path(id: u64) -> Result<OwnedObjectPath, Error> {
+    let path = OwnedObjectPath::try_from(format!("{PATH}/lease/{id}"));
     path.map_err(|error| Error::new(Kind::Failed, error.to_string()))
 }
 
@@ -278,6 +288,48 @@ impl Manager {
         Ok(self.handle.set_mode(mode).await?)
     }
 
+    #[zbus(out_args("descriptor", "lease"))]
+    async fn acquire_lease(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        name: String,
+        bytes: u64,
+        options: HashMap<String, OwnedVariant>,
+    ) -> Result<(zbus::OwnedFd, OwnedObjectPath), Error> {
+        let holder = peer::of(connection, &header).await?;
+        self.authority.check(connection, &header, ACQUIRE_LEASE).await?;
+        let name = name.parse().map_err(|error: NameError| Error::new(Kind::Failed, error.to_string()))?;
+        let (mut like, mut context) = (None, None);
+        let mut wish = LeaseWish {
+            holder,
+            name,
+            bytes: Bytes(bytes),
+            gpu_bytes: Bytes::ZERO,
+            like: None,
+            priority: DEFAULT_PRIORITY,
+            wait: false,
+        };
+        for (key, value) in options {
+            let wrong = |_| Error::new(Kind::Failed, format!("option '{key}' has the wrong type"));
+            match key.as_str() {
+                "gpu-bytes" => wish.gpu_bytes = Bytes(u64::try_from(value).map_err(wrong)?),
+                "like" => like = Some(String::try_from(value).map_err(wrong)?),
+                "context" => context = Some(u64::try_from(value).map_err(wrong)?).filter(|n| *n != 0),
+                "wait" => wish.wait = bool::try_from(value).map_err(wrong)?,
+                "priority" => {
+                    let priority = u8::try_from(u32::try_from(value).map_err(wrong)?).ok();
+                    let above = || Error::new(Kind::Failed, "a priority is between 0 and 100");
+                    wish.priority = priority.filter(|priority| *priority <= 100).ok_or_else(above)?;
+                }
+                _ => return Err(Error::new(Kind::Failed, format!("there is no option '{key}'"))),
+            }
+        }
+        wish.like = like.map(|like| (like, context));
+        let (id, descriptor) = self.handle.lease(wish).await?;
+        Ok((zbus::OwnedFd::from(descriptor), lease_path(id)?))
+    }
+
     async fn add_swap(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -387,6 +439,44 @@ impl JobObject {
     }
 }
 
+#[interface(name = "org.plimsoll1.Lease", introspection_docs = false)]
+impl LeaseObject {
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn name(&self) -> String {
+        self.0.instance.model.to_string()
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn instance(&self) -> String {
+        self.0.instance.to_string()
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn bytes(&self) -> u64 {
+        self.0.bytes.0
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn gpu_bytes(&self) -> u64 {
+        self.0.gpu_bytes.0
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn priority(&self) -> u32 {
+        u32::from(self.0.priority)
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn user(&self) -> u32 {
+        self.0.uid
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn process(&self) -> u32 {
+        self.0.pid
+    }
+}
+
 /// Sends out what the daemon publishes, until it ends.
 pub async fn publish(connection: Connection, mut published: mpsc::UnboundedReceiver<Publication>) {
     while let Some(publication) = published.recv().await {
@@ -418,6 +508,16 @@ async fn emit(connection: &Connection, publication: Publication) -> Result<(), E
             let instance = job.instance.to_string();
             Manager::job_removed(&emitter, path.clone(), &instance, result.as_str(), &message).await?;
             connection.object_server().remove::<JobObject, _>(path).await?;
+        }
+        Publication::LeaseBegan(lease, began) => {
+            let path = lease_path(lease.id)?;
+            let added = connection.object_server().at(path, LeaseObject(lease)).await;
+            // Without an object it is a lease all the same.
+            began.notify_one();
+            added?;
+        }
+        Publication::LeaseEnded(id) => {
+            connection.object_server().remove::<LeaseObject, _>(lease_path(id)?).await?;
         }
         Publication::Mode(mode) => {
             let manager = connection.object_server().interface::<_, Manager>(PATH).await?;

@@ -86,6 +86,7 @@ pub async fn simulate(scenario: &Path, bus: Option<&str>) -> Result<(), String> 
         store: None,
         survey: None,
         notifier: Notifier::from_environment(),
+        leases: Vec::new(),
     };
     let (daemon, handle, published) = Daemon::new(parts, sender);
     let owner = nix::unistd::geteuid().as_raw();

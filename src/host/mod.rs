@@ -15,6 +15,7 @@ mod process;
 mod requests;
 mod swaps;
 mod system;
+mod tree;
 
 use std::fs::OpenOptions;
 use std::io::{self, Read};

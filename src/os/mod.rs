@@ -7,13 +7,17 @@ mod limit;
 mod memory;
 mod pidfd;
 mod residency;
+mod stored;
 mod swap;
 mod time;
+mod watched;
 
 pub use hold::hold_range;
 pub use limit::limit_child;
 pub use memory::{lock_memory, release_memory};
 pub use pidfd::{pid_of, pidfd_open, pidfd_send_signal};
 pub use residency::{ResidencyError, resident_bytes};
+pub use stored::stored_descriptors;
 pub use swap::{no_copy_on_write, swap_off, swap_on};
 pub use time::local_time;
+pub use watched::watched;

@@ -114,6 +114,7 @@ pub(super) fn refuse(scene: &Scene<'_>, kind: RefusalKind) -> Refusal {
             instance: scene.names[n].clone(),
             bytes: held(n),
             why: match r.phase {
+                _ if scene.names[n].lease => "a lease".to_owned(),
                 _ if r.pinned => "pinned".to_owned(),
                 Phase::Preparing | Phase::Loading => "still loading".to_owned(),
                 Phase::Stopping => "stopping".to_owned(),
@@ -158,6 +159,9 @@ fn no_swap(pool: Pool, rung: &super::Rung, short: Bytes) -> Option<String> {
 fn advice(scene: &Scene<'_>, kind: &RefusalKind, gone: &[usize]) -> String {
     let request = scene.request;
     let name = &request.instance;
+    if name.lease {
+        return lease_advice(scene, kind, gone);
+    }
     match kind {
         RefusalKind::UnknownSize(_) => return format!("plimsoll load {name} --force"),
         RefusalKind::NamedIsPinned(pinned) => {
@@ -188,7 +192,7 @@ fn advice(scene: &Scene<'_>, kind: &RefusalKind, gone: &[usize]) -> String {
     if let Some(named) = instead(&others) {
         return format!("plimsoll load {name}{named}");
     }
-    let pinned = scene.select(|_, r| r.pinned);
+    let pinned = scene.select(|name, r| r.pinned && !name.lease);
     let everyone: Vec<usize> = others.iter().chain(&pinned).copied().collect();
     if let Some(named) = instead(&everyone) {
         let unpin: Vec<String> = pinned
@@ -200,6 +204,18 @@ fn advice(scene: &Scene<'_>, kind: &RefusalKind, gone: &[usize]) -> String {
         return format!("{}plimsoll load {name}{named}", unpin.concat());
     }
     format!("plimsoll fit {} --max-context", name.model)
+}
+
+/// A smaller lease, where that would help, or to wait for room.
+fn lease_advice(scene: &Scene<'_>, kind: &RefusalKind, gone: &[usize]) -> String {
+    let wanted = scene.request.ladder.last().map(|rung| rung.footprint.clone()).unwrap_or_default();
+    let of_host_alone = wanted.mapped.is_empty() && wanted.gpus.iter().all(|bytes| bytes.is_zero());
+    let charge = scene.charges.per_pool(scene.situation.machine, gone, None);
+    let left = (scene.room.memory - charge.memory).min(scene.room.slice - charge.slice);
+    if *kind == RefusalKind::WontFit && of_host_alone && left >= Bytes::mib(64) {
+        return format!("plimsoll lease {}MiB -- COMMAND, or --wait", left.0 / Bytes::mib(1).0);
+    }
+    "plimsoll lease --wait".to_owned()
 }
 
 /// One line: what was needed, what there was, what would have to go, and what to try.
@@ -249,11 +265,11 @@ impl fmt::Display for Refusal {
             Pool::Gpu(_) => "GPU memory (GTT or VRAM)".to_owned(),
             Pool::Slice => "llm.slice's MemoryMax".to_owned(),
         };
-        write!(
-            f,
-            "{name} was refused: at context {} it needs {} of {pool}{}",
-            self.context, self.needed_bytes, self.basis
-        )?;
+        write!(f, "{name} was refused: ")?;
+        if !name.lease {
+            write!(f, "at context {} ", self.context)?;
+        }
+        write!(f, "it needs {} of {pool}{}", self.needed_bytes, self.basis)?;
         write!(f, ", {} of {} is free", self.free_bytes, self.pool_bytes)?;
         if self.pool == Pool::Slice {
             write!(f, " (models {})", self.models_bytes)?;

@@ -62,6 +62,8 @@ pub struct Request {
     pub no_restore: bool,
     /// A person asked for it now (not a boot, a restart or a restoration).
     pub explicit: bool,
+    /// How long it waits.
+    pub patience: Patience,
     /// The size can't be estimated: why.
     pub unknown: Option<String>,
     /// Largest memory that the administrator's MemoryMax= allows this unit.
@@ -87,6 +89,18 @@ impl Request {
             drain: self.drain,
         }
     }
+}
+
+/// What a request waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Patience {
+    /// For nothing: what can't be done now is refused.
+    None,
+    /// For others that are loading or stopping, for a while.
+    #[default]
+    Others,
+    /// For room, for as long as it takes.
+    Room,
 }
 
 /// Whether decisions are carried out.

@@ -273,6 +273,7 @@ impl Scenario {
             force: false,
             no_restore: false,
             explicit: false,
+            patience: Default::default(),
             unknown: None,
             unit_limit: None,
         })

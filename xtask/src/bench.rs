@@ -151,6 +151,7 @@ fn planner(count: u64) -> Result<()> {
         force: false,
         no_restore: false,
         explicit: true,
+        patience: Default::default(),
         unknown: None,
         unit_limit: None,
     };

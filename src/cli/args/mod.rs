@@ -2,6 +2,7 @@
 
 mod unit;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueHint};
@@ -92,6 +93,7 @@ pub enum Verb {
     List(List),
     Explain(Explain),
     Log(Log),
+    Lease(Lease),
     Pin(Pin),
     Unpin(Unpin),
     Mode(Mode),
@@ -265,6 +267,45 @@ pub struct Explain {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Hold memory for a command that is no model while it runs
+///
+/// A build, a bench by hand, an image generator: the memory is counted like a model's, models of lower priority make
+/// room for it and come back afterwards, and no model is loaded into it meanwhile. It is held until the command ends,
+/// whose exit code is returned (128 and the signal's number when one ended it); 75 where there is no room. The command
+/// is not limited to it. Services can do the same over D-Bus: AcquireLease returns a descriptor to keep open.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  plimsoll lease 20GiB -- make -j8
+  plimsoll lease 8GiB --gpu 24GiB --wait --priority 60 -- python main.py
+  plimsoll lease --like deepseek -c 16384 -- llama-bench -m deepseek.gguf")]
+pub struct Lease {
+    /// How much memory, such as 20GiB
+    #[arg(value_name = "SIZE", conflicts_with = "like")]
+    pub size: Option<Bytes>,
+    /// How much memory of the first GPU; shared with SIZE's on an APU, where both come out of one memory
+    #[arg(long, value_name = "SIZE")]
+    pub gpu: Option<Bytes>,
+    /// As much as this model takes, on host and GPUs
+    #[arg(long, value_name = "NAME")]
+    pub like: Option<String>,
+    /// The context length of --like in tokens instead of the configured one
+    #[arg(short = 'c', long, value_name = "TOKENS", value_parser = tokens)]
+    pub context: Option<u64>,
+    /// 0 to 100: models of strictly lower priority are stopped for it
+    #[arg(long, value_name = "N", default_value_t = crate::config::DEFAULT_PRIORITY, value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub priority: u8,
+    /// Wait until there is room instead of giving up
+    #[arg(long)]
+    pub wait: bool,
+    /// What to call it in 'plimsoll status' instead of the command's name
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// The command to run, with its arguments
+    #[arg(last = true, value_name = "COMMAND", allow_hyphen_values = true, value_hint = ValueHint::CommandWithArguments)]
+    pub command: Vec<OsString>,
 }
 
 /// Show the decisions of the past, from the journal

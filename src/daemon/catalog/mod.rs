@@ -317,6 +317,7 @@ impl Catalog for RealCatalog {
             force: wish.force,
             no_restore: wish.no_restore,
             explicit: wish.explicit,
+            patience: Default::default(),
             unknown: None,
             unit_limit: None,
         };

@@ -10,7 +10,7 @@ use super::units::Units;
 use crate::action::systemd::UnitStatus;
 use crate::config::Instance;
 use crate::host::{Card, ControlGroup, Host};
-use crate::ledger::{Gpu, Machine, Memory, Pressure, Unit};
+use crate::ledger::{Gpu, Machine, Measured, Memory, Pressure, Unit};
 use crate::policy::core::Effect;
 use crate::policy::{ActionId, Outcome, Refusal};
 use crate::ports::{Outcomes, Ports};
@@ -117,6 +117,10 @@ impl Ports for RealPorts {
             eater: None,
             stopping: self.units.stopping(),
         }
+    }
+
+    fn measure(&mut self, pid: u32) -> Measured {
+        self.host.measured_tree(pid, &self.host.cards().unwrap_or_default())
     }
 
     fn perform(&mut self, id: ActionId, effect: Effect, done: Outcomes) {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::action::state_file::{Loaded, StateFile};
 use crate::action::systemd::Applied;
 use crate::config::{Instance, ModelName};
+use crate::daemon::leases::SavedLease;
 use crate::daemon::state::{Durable, Store};
 use crate::ledger::Reservation;
 use crate::policy::core::{Leak, Owed};
@@ -23,6 +24,7 @@ struct Ledger {
     leaks: Vec<Leak>,
     decisions: VecDeque<Decision>,
     mode: Option<Mode>,
+    leases: Vec<SavedLease>,
 }
 
 /// What outlives a boot: under /var/lib.
@@ -70,7 +72,8 @@ impl Files {
             pins: lasting.pins,
             peaks: lasting.peaks,
         };
-        (Durable { saved, mode: ledger.mode.filter(|_| same_boot) }, same_boot)
+        let leases = if same_boot { ledger.leases } else { Vec::new() };
+        (Durable { saved, mode: ledger.mode.filter(|_| same_boot), leases }, same_boot)
     }
 
     /// The limits that were set in this boot.
@@ -98,6 +101,7 @@ impl Store for Files {
             leaks: saved.leaks,
             decisions: saved.decisions,
             mode: durable.mode,
+            leases: durable.leases.clone(),
         };
         let lasting = Lasting { owed: saved.owed, pins: saved.pins, peaks: saved.peaks };
         // Equal contents are not written again, so the disk is only waited for when it has to be.

@@ -75,7 +75,7 @@ impl Core {
         let running = self.holders.iter().filter(|(_, r)| r.phase == Phase::Running);
         running
             .map(|(instance, _)| instance)
-            .filter(|instance| !self.is_fresh(instance, now))
+            .filter(|instance| !instance.lease && !self.is_fresh(instance, now))
             .cloned()
             .collect()
     }
@@ -94,7 +94,8 @@ impl Core {
                 || self.looks.values().any(|of| of.contains(instance))
         };
         let running = self.holders.iter().filter(|(_, r)| r.phase == Phase::Running);
-        let new: BTreeSet<Instance> = running.map(|(i, _)| i).filter(|i| !known(i)).cloned().collect();
+        let new: BTreeSet<Instance> =
+            running.map(|(i, _)| i).filter(|i| !i.lease && !known(i)).cloned().collect();
         self.look(new, now, out);
     }
 

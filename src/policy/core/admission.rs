@@ -8,7 +8,7 @@ use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::limits::limits;
 use crate::policy::plan::{Plan, Planned, Step, StopReason, accounts, plan, refusal_of};
 use crate::policy::refusal::{Refusal, RefusalKind};
-use crate::policy::request::{Mode, Request};
+use crate::policy::request::{Mode, Patience, Request};
 
 /// How long a request is held back for one of higher priority that systemd has queued but that has
 /// not asked yet; milliseconds. At boot all ask within seconds of each other.
@@ -17,6 +17,8 @@ const HOLD: u64 = 30_000;
 const PATIENCE: u64 = 20 * 60 * 1000;
 /// After so many failed loads in a row nobody is stopped for one more, unless a person starts it.
 const FAILED_LOADS: u32 = 3;
+/// How often it is looked whether there is room for those who wait for it; milliseconds.
+const ROOM_STEP: u64 = 5_000;
 /// How long the memory of a stopped model may take to come back; milliseconds.
 const SETTLE: u64 = 10_000;
 /// How often the machine is looked at meanwhile; milliseconds.
@@ -125,7 +127,8 @@ impl Core {
     /// The pending request whose turn it is, unless it has to be held back.
     fn next(&mut self, machine: &Machine, now: u64, out: &mut Vec<Action>) -> Option<Active> {
         self.pending.sort_by_key(|p| (std::cmp::Reverse(p.request.priority), p.arrived));
-        let first = self.pending.first()?;
+        let at = self.turn(machine, now, out)?;
+        let first = self.pending.get(at)?;
         let priority = first.request.priority;
         let held_until = first.arrived + HOLD;
         let expected = machine.starting.iter().find(|instance| {
@@ -140,27 +143,52 @@ impl Core {
             && let Some(expected) = expected.cloned()
         {
             self.wake_at(held_until);
-            self.tell(0, format!("waiting: {expected} has a higher priority and is starting too"), out);
+            self.tell(at, format!("waiting: {expected} has a higher priority and is starting too"), out);
             return None;
         }
         if self.is_retiring() && first.request.swap.is_some() {
-            self.tell(0, "waiting: a swapfile that nobody needed is being removed".to_owned(), out);
+            self.tell(at, "waiting: a swapfile that nobody needed is being removed".to_owned(), out);
             return None;
         }
         match plan(&first.request, self.situation(machine, now)) {
-            Planned::Wait(wait) if now < first.arrived + PATIENCE => {
-                self.wake_at(first.arrived + PATIENCE);
+            Planned::Wait(wait) if now < deadline(first) => {
+                self.wake_at(deadline(first).min(now + PATIENCE));
                 let text = self.waits_for(&wait.on);
-                self.tell(0, text, out);
+                self.tell(at, text, out);
                 None
             }
             _ => Some(Active {
-                pending: self.pending.remove(0),
+                pending: self.pending.remove(at),
                 steps: Vec::new(),
                 pools: Vec::new(),
                 stage: Stage::Plan,
             }),
         }
+    }
+
+    /// The place of the request whose turn it is: the first that does not wait for room, which others may have
+    /// before it does.
+    fn turn(&mut self, machine: &Machine, now: u64, out: &mut Vec<Action>) -> Option<usize> {
+        for at in 0..self.pending.len() {
+            let request = &self.pending.get(at)?.request;
+            if request.patience != Patience::Room || self.rules.mode == Mode::Observe {
+                return Some(at);
+            }
+            let Planned::Refuse(refusal) = plan(request, self.situation(machine, now)) else {
+                return Some(at);
+            };
+            if !may_come(&refusal) {
+                return Some(at);
+            }
+            self.wake_at(now + ROOM_STEP);
+            self.tell(at, format!("waiting for room: {} short", refusal.short_bytes), out);
+        }
+        None
+    }
+
+    /// Whether somebody has asked for more than to be told when there is room.
+    pub(super) fn is_asked(&self) -> bool {
+        self.pending.iter().any(|pending| pending.request.patience != Patience::Room)
     }
 
     /// What a wait is told as.
@@ -225,13 +253,13 @@ impl Core {
                 }
             }
             // Only where something changed while it was being carried out.
-            Planned::Wait(wait) if now >= active.pending.arrived + PATIENCE => {
+            Planned::Wait(wait) if now >= deadline(&active.pending) => {
                 let refusal = self.timed_out(&active.pending.request, machine, now, wait.on);
                 self.refuse(active, refusal, now, out);
             }
             Planned::Wait(wait) if active.steps.iter().any(|step| matches!(step, Step::Stop { .. })) => {
                 let text = self.waits_for(&wait.on);
-                self.wake_at(active.pending.arrived + PATIENCE);
+                self.wake_at(deadline(&active.pending).min(now + PATIENCE));
                 if active.pending.told != text {
                     self.say(&mut active, text, out);
                 }
@@ -241,6 +269,12 @@ impl Core {
             Planned::Wait(_) => {
                 self.holders.remove(&active.pending.request.instance);
                 active.stage = Stage::Plan;
+                self.pending.push(active.pending);
+            }
+            Planned::Refuse(refusal)
+                if active.pending.request.patience == Patience::Room && may_come(&refusal) =>
+            {
+                self.holders.remove(&active.pending.request.instance);
                 self.pending.push(active.pending);
             }
             Planned::Refuse(refusal) => self.refuse(active, refusal, now, out),
@@ -423,8 +457,8 @@ impl Core {
         let request = &active.pending.request;
         let rung = &plan.rung;
         active.steps.extend(plan.steps.iter().filter(|step| step.is_setting()).cloned());
-        if rung.footprint.total().is_zero() {
-            // Forced with an unknown size: there is nothing to limit it to.
+        if rung.footprint.total().is_zero() || request.instance.lease {
+            // Forced with an unknown size, there is nothing to limit it to; and a lease has no unit.
             self.admit(active, now, out);
             return;
         }
@@ -470,7 +504,8 @@ impl Core {
             pools: active.pools,
             observed: false,
             text: format!(
-                "{instance} is admitted with {bytes}{basis} at context {context}{after}{}",
+                "{instance} is admitted with {bytes}{basis}{}{after}{}",
+                at_context(&instance, context),
                 steps.join(", ")
             ),
             basis,
@@ -544,8 +579,9 @@ impl Core {
             pools: active.pools,
             observed: true,
             text: format!(
-                "{instance} is admitted with {bytes}{} at context {context}, only observing{would}",
-                rung.basis
+                "{instance} is admitted with {bytes}{}{}, only observing{would}",
+                rung.basis,
+                at_context(&instance, context)
             ),
             basis: rung.basis,
             instance: Some(instance),
@@ -553,6 +589,25 @@ impl Core {
         self.record(decision, out);
         out.push(Action::Answer { ticket: active.pending.ticket, answer: Ok(context) });
     }
+}
+
+/// Until when a request waits for others; milliseconds since boot.
+fn deadline(pending: &Pending) -> u64 {
+    pending.arrived.saturating_add(match pending.request.patience {
+        Patience::None => 0,
+        Patience::Others => PATIENCE,
+        Patience::Room => u64::MAX,
+    })
+}
+
+/// Whether what is missing may be there some day.
+fn may_come(refusal: &Refusal) -> bool {
+    refusal.kind == RefusalKind::WontFit && refusal.needed_bytes <= refusal.pool_bytes - refusal.reserve_bytes
+}
+
+/// ` at context 4096`, of what has one.
+fn at_context(instance: &Instance, context: u64) -> String {
+    if instance.lease { String::new() } else { format!(" at context {context}") }
 }
 
 /// What each pool lost between two readings of the room for models.

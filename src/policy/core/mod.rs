@@ -400,7 +400,7 @@ impl Core {
     }
 
     fn pin(&mut self, model: ModelName, pinned: bool) {
-        for (_, reservation) in self.holders.iter_mut().filter(|(instance, _)| instance.model == model) {
+        for (_, reservation) in self.holders.iter_mut().filter(|(i, _)| i.model == model && !i.lease) {
             reservation.pinned = pinned;
         }
         self.pins.insert(model, pinned);

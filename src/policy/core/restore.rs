@@ -39,7 +39,7 @@ impl Core {
         }
         // Whoever is on its way to the gate comes first: after a restart of the daemon that may be the one for which
         // others were stopped.
-        let busy = self.active.is_some() || !self.pending.is_empty() || self.is_expecting(machine);
+        let busy = self.active.is_some() || self.is_asked() || self.is_expecting(machine);
         if busy || machine.stopping || self.rules.mode == Mode::Observe || self.owed.is_empty() {
             return;
         }
@@ -131,6 +131,7 @@ fn as_request(owed: &super::Owed) -> Request {
         force: false,
         no_restore: false,
         explicit: false,
+        patience: Default::default(),
         unknown: None,
         unit_limit: None::<Bytes>,
     }

@@ -48,7 +48,8 @@ impl Core {
     /// Counts who ends while it loads, whoever ended it: a person who did starts it by hand again, and that is
     /// another story.
     fn count_failed_loads(&mut self, machine: &Machine) {
-        for (instance, reservation) in self.holders.iter().filter(|(_, r)| r.phase == Phase::Loading) {
+        let loading = |(i, r): &(&Instance, &Reservation)| r.phase == Phase::Loading && !i.lease;
+        for (instance, reservation) in self.holders.iter().filter(loading) {
             let unit = machine.units.get(instance);
             if !lives(unit, &reservation.invocation)
                 || unit.is_some_and(|u| u.state == UnitState::Deactivating)

@@ -7,6 +7,7 @@ mod broken;
 mod daemon;
 mod faults;
 mod fit;
+mod leases;
 mod lifecycle;
 mod package;
 mod sharing;
@@ -54,6 +55,10 @@ scenarios![
     lifecycle::context_shrinks_before_eviction,
     lifecycle::one_larger_than_memory_streams,
     lifecycle::other_engines_and_observing,
+    leases::makes_room_and_ends_with_its_command,
+    leases::outlives_the_daemon,
+    leases::not_for_strangers,
+    leases::decisions_are_in_the_journal,
     swap::made_by_hand,
     swap::one_larger_than_memory_swaps,
     swap::a_disk_that_takes_none,

@@ -1,0 +1,386 @@
+//! Leases: memory held for what is not a model, for as long as a descriptor is open and its holder lives.
+//!
+//! To the decisions a lease is an instance like a model's: asked for with a request, shown in a reading of the machine
+//! as a unit that is there for as long as its holder is. So it is admitted, counted and made room for like a model. It
+//! is never evicted, for nobody but its holder can end it.
+//!
+//! The holder gets the writing end of a pipe. The other end is kept here and in systemd's descriptor store, so that a
+//! lease outlives a restart of the daemon.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
+use serde::{Deserialize, Serialize};
+use tokio::io::Interest;
+use tokio::sync::{Notify, oneshot};
+use tokio::task::JoinHandle;
+
+use super::handle::Fault;
+use super::input::{Input, Publication};
+use super::run::Daemon;
+use crate::action::notify::Notifier;
+use crate::bytes::Bytes;
+use crate::config::{Instance, ModelName};
+use crate::host::Host;
+use crate::ledger::{Footprint, Machine, Unit, UnitState};
+use crate::os::{pidfd_open, watched};
+use crate::policy::request::Patience;
+use crate::policy::{Event, Refusal, Request, Rung};
+use crate::ports::Ports;
+
+/// Leases that there may be, waiting ones too. Each has a descriptor here and one in systemd's store
+/// (FileDescriptorStoreMax= in plimsolld.service).
+const MOST: usize = 64;
+/// And of one user other than root.
+const MOST_OF_A_USER: usize = 16;
+/// What the names of our descriptors in systemd's store begin with.
+const STORED: &str = "lease-";
+
+/// A lease that is asked for.
+#[derive(Debug)]
+pub struct LeaseAsk {
+    /// Its number, which no other lease of this boot has.
+    pub id: u64,
+    /// Its name for people.
+    pub name: ModelName,
+    /// The user who asks.
+    pub uid: u32,
+    /// The process that holds it.
+    pub pid: u32,
+    /// A descriptor of that.
+    pub pidfd: OwnedFd,
+    /// What is to be held.
+    pub footprint: Footprint,
+    /// 0 to 100: only strictly lower ones are evicted for it.
+    pub priority: u8,
+    /// Wait until there is room, rather than be refused.
+    pub wait: bool,
+    /// Told once its object is on the bus.
+    pub began: Arc<Notify>,
+    /// Where the descriptor goes.
+    pub reply: oneshot::Sender<Result<OwnedFd, Fault>>,
+}
+
+/// What is shown of a lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseInfo {
+    /// Its number, also in its path on the bus.
+    pub id: u64,
+    /// Its name in the ledger.
+    pub instance: Instance,
+    /// The user who holds it.
+    pub uid: u32,
+    /// The process that does.
+    pub pid: u32,
+    /// What is held on the host.
+    pub bytes: Bytes,
+    /// And on GPUs.
+    pub gpu_bytes: Bytes,
+    /// 0 to 100.
+    pub priority: u8,
+}
+
+/// What is remembered of a lease across a restart of the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SavedLease {
+    /// Its number.
+    pub id: u64,
+    /// Its name in the ledger.
+    pub instance: Instance,
+    /// The user who holds it.
+    pub uid: u32,
+    /// The process that does, told from a later one of the same number by when it started (clock ticks since boot).
+    pub pid: u32,
+    /// That time.
+    pub start_time: u64,
+}
+
+/// A lease that was there before a restart of the daemon, and still is.
+#[derive(Debug)]
+pub struct KeptLease {
+    saved: SavedLease,
+    reader: OwnedFd,
+    pidfd: OwnedFd,
+}
+
+#[derive(Debug)]
+struct Lease {
+    saved: SavedLease,
+    state: UnitState,
+    reader: OwnedFd,
+    watch: JoinHandle<()>,
+    /// Of one that waits for an answer.
+    asking: Option<Asking>,
+}
+
+#[derive(Debug)]
+struct Asking {
+    ticket: u64,
+    writer: OwnedFd,
+    began: Arc<Notify>,
+    reply: oneshot::Sender<Result<OwnedFd, Fault>>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.watch.abort();
+    }
+}
+
+/// All leases, by number.
+#[derive(Debug, Default)]
+pub(super) struct Leases {
+    all: BTreeMap<u64, Lease>,
+}
+
+/// The InvocationID that stands for a lease.
+fn invocation(id: u64) -> String {
+    format!("{id:016x}")
+}
+
+/// The name of its descriptor in systemd's store.
+fn stored_name(id: u64) -> String {
+    format!("{STORED}{id:016x}")
+}
+
+impl Leases {
+    /// Shows them in a reading of the machine: what the decisions go by.
+    pub(super) fn show(&self, machine: &mut Machine, ports: &mut dyn Ports) {
+        for lease in self.all.values() {
+            let saved = &lease.saved;
+            let unit = Unit {
+                state: lease.state,
+                main_pid: saved.pid,
+                invocation: invocation(saved.id),
+                measured: ports.measure(saved.pid),
+                ..Unit::default()
+            };
+            machine.units.insert(saved.instance.clone(), unit);
+        }
+    }
+
+    /// What has to survive a restart of the daemon.
+    pub(super) fn saved(&self) -> Vec<SavedLease> {
+        // Also those that wait: one is saved before it is answered, and without a descriptor it means nothing.
+        self.all.values().map(|lease| lease.saved.clone()).collect()
+    }
+
+    /// The one of this name in the ledger.
+    pub(super) fn find(&self, instance: &Instance) -> Option<&SavedLease> {
+        self.all.values().map(|lease| &lease.saved).find(|saved| saved.instance == *instance)
+    }
+
+    /// The one whose answer has this ticket.
+    fn asked_with(&self, ticket: u64) -> Option<u64> {
+        let of = |lease: &&Lease| lease.asking.as_ref().is_some_and(|asking| asking.ticket == ticket);
+        self.all.values().find(of).map(|lease| lease.saved.id)
+    }
+
+    /// A name in the ledger that is free; none where there are too many of it.
+    fn free_name(&self, name: &ModelName) -> Option<Instance> {
+        (1..=99).map(|number| Instance::lease(name.clone(), number)).find(|i| self.find(i).is_none())
+    }
+}
+
+/// The leases that were saved and are still held: `descriptors` are those of systemd's store, by name. What belongs to
+/// no lease any more is removed from there.
+#[must_use]
+pub fn keep(
+    saved: Vec<SavedLease>,
+    descriptors: Vec<(String, OwnedFd)>,
+    host: &Host,
+    notifier: &Notifier,
+) -> Vec<KeptLease> {
+    let mut saved: BTreeMap<String, SavedLease> =
+        saved.into_iter().map(|lease| (stored_name(lease.id), lease)).collect();
+    let mut kept = Vec::new();
+    for (name, reader) in descriptors.into_iter().filter(|(name, _)| name.starts_with(STORED)) {
+        // Opened first: if the number was given to another process since, that one started later.
+        let alive = saved.remove(&name).and_then(|lease| {
+            let pidfd = pidfd_open(lease.pid).ok()?;
+            let same = host.start_time(lease.pid).is_ok_and(|time| time == lease.start_time);
+            same.then_some(KeptLease { saved: lease, reader, pidfd })
+        });
+        match alive {
+            Some(lease) => kept.push(lease),
+            None => forget(notifier, &name),
+        }
+    }
+    kept
+}
+
+fn forget(notifier: &Notifier, name: &str) {
+    if let Err(error) = notifier.forget(name) {
+        tracing::warn!("systemd still keeps the descriptor {name}: {error}");
+    }
+}
+
+/// Tells the loop when the lease ends: the last descriptor of it is closed, or its holder is gone.
+fn watch(
+    id: u64,
+    reader: &OwnedFd,
+    pidfd: OwnedFd,
+    sender: tokio::sync::mpsc::UnboundedSender<Input>,
+) -> std::io::Result<JoinHandle<()>> {
+    // That the other end is closed is always told. Nothing else is listened to: what somebody writes wakes nobody.
+    let reader = watched(reader.try_clone()?, Interest::PRIORITY)?;
+    let holder = watched(pidfd, Interest::READABLE)?;
+    Ok(tokio::spawn(async move {
+        tokio::select! {
+            _ = reader.ready(Interest::PRIORITY) => {}
+            _ = holder.readable() => {}
+        }
+        // The loop outlives all but the last of them.
+        let _ = sender.send(Input::LeaseEnded(id));
+    }))
+}
+
+impl Daemon {
+    /// Takes back the leases that were held before a restart, as far as the ledger knows them.
+    pub(super) fn take_back(&mut self, kept: Vec<KeptLease>) {
+        for KeptLease { saved, reader, pidfd } in kept {
+            let id = saved.id;
+            let holder = self.core.holders().get(&saved.instance);
+            let known = holder.is_some_and(|holder| holder.invocation == invocation(id));
+            let watch = if known { watch(id, &reader, pidfd, self.sender.clone()).ok() } else { None };
+            let Some(watch) = watch else {
+                forget(&self.parts.notifier, &stored_name(id));
+                continue;
+            };
+            let lease = Lease { saved, state: UnitState::Active, reader, watch, asking: None };
+            self.leases.all.insert(id, lease);
+            if let Some(info) = self.lease_info(id) {
+                self.tell(Publication::LeaseBegan(info, Arc::new(Notify::new())));
+            }
+        }
+    }
+
+    /// A lease is asked for.
+    pub(super) fn lease(&mut self, ask: LeaseAsk) {
+        let LeaseAsk { id, name, uid, pid, pidfd, footprint, priority, wait, began, reply } = ask;
+        let begun = self.begin_lease(id, &name, uid, pid, pidfd);
+        let (mut lease, writer) = match begun {
+            Ok(begun) => begun,
+            Err(fault) => {
+                // Whoever asked may be gone.
+                let _ = reply.send(Err(fault));
+                return;
+            }
+        };
+        self.next_ticket += 1;
+        let ticket = self.next_ticket;
+        let request = Request {
+            instance: lease.saved.instance.clone(),
+            invocation: invocation(id),
+            priority,
+            // Nobody but its holder can end it.
+            pinned: true,
+            ladder: vec![Rung { footprint, ..Rung::default() }],
+            advice: Vec::new(),
+            ttl: None,
+            drain: 0,
+            reload: Bytes::ZERO,
+            may_swap: true,
+            stream: None,
+            swap: None,
+            no_swapfile: None,
+            instead_of: Default::default(),
+            stuck: Default::default(),
+            finishing: Default::default(),
+            force: false,
+            no_restore: false,
+            explicit: true,
+            patience: if wait { Patience::Room } else { Patience::None },
+            unknown: None,
+            unit_limit: None,
+        };
+        lease.asking = Some(Asking { ticket, writer, began, reply });
+        self.leases.all.insert(id, lease);
+        self.step(Event::Ask { ticket, request: Box::new(request) });
+    }
+
+    fn begin_lease(
+        &self,
+        id: u64,
+        name: &ModelName,
+        uid: u32,
+        pid: u32,
+        pidfd: OwnedFd,
+    ) -> Result<(Lease, OwnedFd), Fault> {
+        let of_user = self.leases.all.values().filter(|lease| lease.saved.uid == uid).count();
+        let too_many = |most: usize, whose: &str| {
+            Fault::TooMany(format!("{whose} has {most} leases already, which is as many as there may be"))
+        };
+        if self.leases.all.len() >= MOST {
+            return Err(too_many(MOST, "this machine"));
+        }
+        if uid != 0 && of_user >= MOST_OF_A_USER {
+            return Err(too_many(MOST_OF_A_USER, &format!("user {uid}")));
+        }
+        let instance =
+            self.leases.free_name(name).ok_or_else(|| too_many(99, &format!("the name {name}")))?;
+        let failed = |error: std::io::Error| Fault::Failed(format!("a lease can't be made: {error}"));
+        let start_time = Host::at("/").start_time(pid).map_err(|error| Fault::Failed(error.to_string()))?;
+        let (reader, writer) =
+            pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|error| failed(error.into()))?;
+        let watch = watch(id, &reader, pidfd, self.sender.clone()).map_err(failed)?;
+        let saved = SavedLease { id, instance, uid, pid, start_time };
+        Ok((Lease { saved, state: UnitState::Activating, reader, watch, asking: None }, writer))
+    }
+
+    /// Answers the lease that waits with this ticket; false where there is none.
+    pub(super) fn answer_lease(&mut self, ticket: u64, answer: &Result<u64, Box<Refusal>>) -> bool {
+        let Some(id) = self.leases.asked_with(ticket) else { return false };
+        let Some(lease) = self.leases.all.get_mut(&id) else { return false };
+        let Some(asking) = lease.asking.take() else { return false };
+        if let Err(refusal) = answer {
+            self.leases.all.remove(&id);
+            let _ = asking.reply.send(Err(Fault::Refused(refusal.clone())));
+            return true;
+        }
+        lease.state = UnitState::Active;
+        let name = stored_name(id);
+        if let Err(error) = self.parts.notifier.store(&name, lease.reader.as_fd()) {
+            tracing::warn!("{} will not survive a restart of the daemon: {error}", lease.saved.instance);
+        }
+        if let Some(info) = self.lease_info(id) {
+            self.tell(Publication::LeaseBegan(info, asking.began));
+        }
+        // Where the caller is gone, the descriptor goes with the answer, and that ends the lease.
+        let _ = asking.reply.send(Ok(asking.writer));
+        // The decisions are to see that it is held.
+        let _ = self.sender.send(Input::Changed);
+        true
+    }
+
+    /// A lease has ended, or whoever waited for it is gone.
+    pub(super) fn lease_ended(&mut self, id: u64) {
+        let Some(lease) = self.leases.all.remove(&id) else { return };
+        if lease.state == UnitState::Active {
+            forget(&self.parts.notifier, &stored_name(id));
+            tracing::info!("{} has ended", lease.saved.instance);
+            self.tell(Publication::LeaseEnded(id));
+        }
+        drop(lease);
+        self.step(Event::Tick);
+    }
+
+    fn lease_info(&self, id: u64) -> Option<LeaseInfo> {
+        let saved = &self.leases.all.get(&id)?.saved;
+        let holder = self.core.holders().get(&saved.instance)?;
+        let footprint = &holder.predicted;
+        Some(LeaseInfo {
+            id,
+            instance: saved.instance.clone(),
+            uid: saved.uid,
+            pid: saved.pid,
+            bytes: footprint.private + footprint.mapped_bytes(),
+            gpu_bytes: footprint.gpus.iter().copied().sum(),
+            priority: holder.priority,
+        })
+    }
+}

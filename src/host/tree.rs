@@ -1,0 +1,127 @@
+//! What a process and all that it has started hold.
+
+use std::collections::BTreeSet;
+
+use super::{Card, Host};
+use crate::bytes::{Bytes, KIB};
+use crate::ledger::Measured;
+
+/// Processes that are looked at below one; a build may have more, and then its last ones count for the system.
+const PROCESSES: usize = 256;
+/// Threads of one that are asked for children.
+const THREADS: usize = 256;
+
+impl Host {
+    /// Process `pid` and what it has started, and those have, from `/proc/PID/task/TID/children`; empty when it is
+    /// gone. One whose parent has ended is not among them, unless an ancestor has adopted it (PR_SET_CHILD_SUBREAPER).
+    #[must_use]
+    pub fn tree(&self, pid: u32) -> Vec<u32> {
+        let mut tree = Vec::new();
+        let mut seen = BTreeSet::from([pid]);
+        let mut next = vec![pid];
+        while let Some(pid) = next.pop() {
+            let Ok(threads) = std::fs::read_dir(self.path(&format!("/proc/{pid}/task"))) else { continue };
+            tree.push(pid);
+            if tree.len() == PROCESSES {
+                break;
+            }
+            for thread in threads.filter_map(Result::ok).take(THREADS) {
+                let Some(thread) = thread.file_name().to_str().map(str::to_owned) else { continue };
+                let children =
+                    self.read_if_there(&format!("/proc/{pid}/task/{thread}/children")).ok().flatten();
+                let children = children.unwrap_or_default();
+                let children = children.split_whitespace().filter_map(|child| child.parse::<u32>().ok());
+                next.extend(children.filter(|child| seen.insert(*child)));
+            }
+        }
+        tree
+    }
+
+    /// What process `pid` and its descendants hold: as their control group is charged, where they have one to
+    /// themselves, and as the processes' own files say otherwise.
+    #[must_use]
+    pub fn measured_tree(&self, pid: u32, cards: &[Card]) -> Measured {
+        let tree = self.tree(pid);
+        if tree.is_empty() {
+            return Measured::default();
+        }
+        let own = self.group_of(pid).ok().filter(|group| {
+            let all = self.processes(group).unwrap_or_default();
+            !all.is_empty() && all.iter().all(|pid| tree.contains(pid))
+        });
+        if let Some(measured) = own.and_then(|group| self.measured(&group, cards).ok()) {
+            return measured;
+        }
+        let mut measured = Measured::default();
+        let mut shared = Bytes::ZERO;
+        for pid in &tree {
+            let status =
+                self.read_if_there(&format!("/proc/{pid}/status")).ok().flatten().unwrap_or_default();
+            measured.private += field(&status, "RssAnon:");
+            measured.swapped += field(&status, "VmSwap:");
+            // Mostly the same pages in each of them: counted once rather than too often, for what is counted here
+            // is taken off what the system uses.
+            shared = shared.max(field(&status, "RssShmem:"));
+        }
+        measured.private += shared;
+        let pools: Vec<&Card> = cards.iter().filter(|card| card.heap().is_some()).collect();
+        if !pools.is_empty()
+            && let Some(usage) = self.drm_usage(&tree)
+        {
+            measured.gpus = pools.iter().map(|card| usage.of(card)).collect();
+        }
+        measured
+    }
+}
+
+/// A size of /proc/PID/status, which is in KiB whatever it says.
+fn field(status: &str, name: &str) -> Bytes {
+    let value = status.lines().find_map(|line| line.strip_prefix(name));
+    let number = value.and_then(|value| value.split_whitespace().next()?.parse::<u64>().ok());
+    Bytes(number.unwrap_or_default()) * KIB
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn process(root: &Path, pid: u32, children: &str, anon: u64, shared: u64) {
+        let task = root.join(format!("proc/{pid}/task/{pid}"));
+        std::fs::create_dir_all(&task).unwrap();
+        std::fs::write(task.join("children"), children).unwrap();
+        let status = format!("Name:\tx\nRssAnon:\t{anon} kB\nRssShmem:\t{shared} kB\nVmSwap:\t1 kB\n");
+        std::fs::write(root.join(format!("proc/{pid}/status")), status).unwrap();
+        let group = root.join(format!("proc/{pid}/cgroup"));
+        std::fs::write(group, "0::/user.slice/session-1.scope\n").unwrap();
+    }
+
+    #[test]
+    fn a_holder_is_measured_with_all_that_it_has_started() {
+        let root = std::env::temp_dir().join(format!("plimsoll-tree-{}", std::process::id()));
+        // One that names itself, and one that is gone.
+        process(&root, 10, "11 12 99 ", 100, 50);
+        process(&root, 11, "13 11", 200, 50);
+        process(&root, 12, "", 300, 40);
+        process(&root, 13, "", 400, 0);
+        process(&root, 20, "", 5000, 5000);
+        let host = Host::at(&root);
+        let mut tree = host.tree(10);
+        tree.sort_unstable();
+        assert_eq!(tree, [10, 11, 12, 13]);
+        let measured = host.measured_tree(10, &[]);
+        assert_eq!((measured.private, measured.swapped), (Bytes(1050 * KIB), Bytes(4 * KIB)));
+
+        // A group that others are in as well is not theirs; one that is theirs alone says more.
+        let group = root.join("sys/fs/cgroup/user.slice/session-1.scope");
+        std::fs::create_dir_all(&group).unwrap();
+        std::fs::write(group.join("memory.stat"), "anon 7000000\nfile 0\nkernel 5\n").unwrap();
+        std::fs::write(group.join("cgroup.procs"), "10\n11\n12\n13\n20\n").unwrap();
+        assert_eq!(host.measured_tree(10, &[]).private, Bytes(1050 * KIB));
+        std::fs::write(group.join("cgroup.procs"), "10\n11\n12\n13\n").unwrap();
+        assert_eq!(host.measured_tree(10, &[]).private, Bytes(7_000_005));
+        assert_eq!(host.measured_tree(77, &[]), Measured::default());
+        std::fs::remove_dir_all(root).unwrap();
+    }
+}

@@ -1,0 +1,155 @@
+//! Memory held for what is no model, and the journal that tells of it.
+
+use crate::lab::{Config, Lab, PATIENCE};
+use anyhow::{Result, ensure};
+use plimsoll::daemon::report::Lease;
+
+/// The only lease there is, once it is held.
+fn held(lab: &Lab) -> Result<Lease> {
+    lab.guest.wait_for("a lease is held", PATIENCE, |_| {
+        Ok(lab.status()?.leases.into_iter().find(|lease| lease.state == "held"))
+    })
+}
+
+fn ended(lab: &Lab) -> Result<()> {
+    lab.guest.wait_for("no lease is held", PATIENCE, |_| Ok(lab.status()?.leases.is_empty().then_some(())))
+}
+
+/// The size of a lease for which a model has to go: all that is free, and a little more.
+fn one_too_many(lab: &Lab) -> Result<String> {
+    Ok(format!("{}B", lab.memory_pool()?.headroom_bytes.0 + (8 << 20)))
+}
+
+/// "A lease evicts a lower-priority model, the model comes back when the command ends", with its exit code; kill -9 of
+/// the holder ends it.
+pub fn makes_room_and_ends_with_its_command(lab: &mut Lab) -> Result<()> {
+    lab.configure(&[Config::new("small", 8001).priority(30)])?;
+    lab.serve("small", 8001)?;
+    let size = one_too_many(lab)?;
+    let guest = &lab.guest;
+    // What the command takes is measured, and is the lease's.
+    let command = format!(
+        "plimsoll lease {size} -- sh -c 'head -c 64M /dev/zero | tail -c 64M | sleep 600'; echo $? > /run/lease-code"
+    );
+    guest.ok(&format!(
+        "rm -f /run/lease-code; systemd-run --quiet --unit=holder sh -c \"{}\"",
+        command.replace('$', "\\$")
+    ))?;
+    let lease = held(lab)?;
+    ensure!(lease.lease == "lease:sh" && lease.uid == 0, "{lease:?}");
+    ensure!(lab.state("small")? == "inactive", "small still runs: {}", guest.evidence());
+    guest.wait_for("its memory is measured", PATIENCE, |_| {
+        let held = held(lab)?;
+        Ok((held.measured.private_bytes.0 >= 48 << 20).then_some(()))
+    })?;
+    guest.ok("pkill -TERM -x sleep")?;
+    guest.wait_until("the command's exit code", PATIENCE, "test -s /run/lease-code")?;
+    ended(lab)?;
+    guest.wait_until("the model is back", PATIENCE, "systemctl is-active --quiet llm@small.service")?;
+    guest.completion(8001)?;
+
+    guest.ok(&format!("systemd-run --quiet --unit=holder2 -p KillMode=process plimsoll lease {size} --name held -- sleep 600"))?;
+    let lease = held(lab)?;
+    ensure!(lease.lease == "lease:held" && lab.state("small")? == "inactive", "{lease:?}");
+    guest.ok(&format!("kill -9 {}; pkill -x sleep; true", lease.pid))?;
+    ended(lab)?;
+    guest.wait_until("the model is back", PATIENCE, "systemctl is-active --quiet llm@small.service")?;
+    guest.ok("systemctl reset-failed 'holder*'; true").map(drop)
+}
+
+/// "Restart of the daemon keeps it", also one that is killed; one whose holder went away meanwhile is dropped.
+pub fn outlives_the_daemon(lab: &mut Lab) -> Result<()> {
+    lab.configure(&[])?;
+    let guest = &lab.guest;
+    guest.ok("systemd-run --quiet --unit=holder plimsoll lease 64MiB --name kept -- sleep 600")?;
+    guest.ok("systemd-run --quiet --unit=brief plimsoll lease 32MiB --name brief -- sleep 600")?;
+    guest.wait_for("both are held", PATIENCE, |_| Ok((lab.status()?.leases.len() == 2).then_some(())))?;
+    let reserved = lab.memory_pool()?.reserved_bytes;
+    for how in ["systemctl restart plimsolld.service", "systemctl kill -s KILL plimsolld.service"] {
+        let before = lab.daemon_pid()?;
+        guest.ok(how)?;
+        guest.wait_for("another daemon", PATIENCE, |_| {
+            Ok(lab.daemon_pid().ok().filter(|pid| *pid != 0 && *pid != before))
+        })?;
+        guest.wait_until("it answers", PATIENCE, "plimsoll status >/dev/null")?;
+        let names: Vec<String> = lab.status()?.leases.into_iter().map(|lease| lease.lease).collect();
+        ensure!(names == ["lease:brief", "lease:kept"], "{how}: {names:?}{}", guest.evidence());
+        ensure!(lab.memory_pool()?.reserved_bytes == reserved, "{how}: less is reserved");
+        let tree = guest.ok("busctl --list tree org.plimsoll1")?;
+        ensure!(tree.matches("/org/plimsoll1/lease/").count() == 2, "{how}: {tree}");
+    }
+    // One ends while nobody looks.
+    guest.ok("systemctl stop plimsolld.service && systemctl stop brief.service && systemctl start plimsolld.service")?;
+    guest.wait_until("it answers", PATIENCE, "plimsoll status >/dev/null")?;
+    let names: Vec<String> = lab.status()?.leases.into_iter().map(|lease| lease.lease).collect();
+    ensure!(names.iter().all(|name| name != "lease:brief"), "{names:?}");
+    guest.ok("systemctl stop holder.service")?;
+    ended(lab)?;
+    let stored = guest.ok("systemctl show -P NFileDescriptorStore plimsolld.service")?;
+    ensure!(stored == "0", "{stored} descriptors are left in systemd's store");
+    guest.ok("systemctl reset-failed 'holder*' 'brief*' 2>/dev/null; true").map(drop)
+}
+
+/// "A stranger is refused with 77", "a lease that can't fit exits 75", and a member of the group may.
+pub fn not_for_strangers(lab: &mut Lab) -> Result<()> {
+    lab.configure(&[])?;
+    let guest = &lab.guest;
+    guest.ok("id member >/dev/null 2>&1 || useradd --create-home --groups plimsoll member; \
+              id stranger >/dev/null 2>&1 || useradd --create-home stranger")?;
+    let by = |user: &str, command: &str| {
+        guest.run(&format!("runuser -u {user} -- plimsoll --no-ask-password {command}"))
+    };
+    let refused = by("stranger", "lease 16MiB -- true")?;
+    ensure!(refused.code == 77, "a stranger: exit {}: {}", refused.code, refused.all());
+    let held = by("member", "lease 16MiB -- sh -c 'exit 3'")?;
+    ensure!(held.code == 3, "a member: exit {}: {}", held.code, held.all());
+    let vast = guest.run("plimsoll lease 1TiB -- true")?;
+    ensure!(vast.code == 75 && vast.stderr.contains("was refused"), "exit {}: {}", vast.code, vast.all());
+    ended(lab)
+}
+
+/// "Each decision is one structured journal line with a catalogue id and the numbers; `plimsoll log`."
+pub fn decisions_are_in_the_journal(lab: &mut Lab) -> Result<()> {
+    lab.configure(&[Config::new("small", 8001)])?;
+    let guest = &lab.guest;
+    guest.ok("plimsoll lease 16MiB --name logged -- true")?;
+    let refused = guest.run("plimsoll lease 1TiB --name vast -- true")?;
+    ensure!(refused.code == 75, "{}", refused.all());
+    guest.ok("journalctl --sync")?;
+    let json = guest.ok("plimsoll log lease:vast --json -n 1")?;
+    let decision: serde_json::Value = serde_json::from_str(&json)?;
+    ensure!(decision["kind"] == "refuse" && decision["refusal"]["short_bytes"].as_u64() > Some(0), "{json}");
+    ensure!(
+        decision["pools"][0]["name"] == "memory" && decision["realtime_usec"].as_u64() > Some(0),
+        "{json}"
+    );
+    let fields = guest.ok("journalctl -u plimsolld.service PLIMSOLL_MODEL=lease:vast -o verbose -n 1")?;
+    for field in
+        ["MESSAGE_ID=c83de01840b14124bdc32aef360d4144", "PLIMSOLL_VERDICT=refused", "PLIMSOLL_POOL=memory"]
+    {
+        ensure!(fields.contains(field), "no {field} in {fields}");
+    }
+    for field in ["PLIMSOLL_NEEDED_BYTES=1099511627776", "PLIMSOLL_AVAILABLE_BYTES=", "PLIMSOLL_SHORT_BYTES="]
+    {
+        ensure!(fields.contains(field), "no {field} in {fields}");
+    }
+    let explained = guest.ok("journalctl -x -u plimsolld.service PLIMSOLL_MODEL=lease:vast -n 1")?;
+    ensure!(explained.contains("What to do") && explained.contains("lease:vast was refused"), "{explained}");
+    let text = guest.ok("plimsoll log -n 2")?;
+    ensure!(text.lines().count() == 2 && text.contains("admit") && !text.contains('\u{1b}'), "{text}");
+    let stranger = guest.run(
+        "id stranger >/dev/null 2>&1 || useradd --create-home stranger; runuser -u stranger -- plimsoll log",
+    )?;
+    ensure!(
+        stranger.code == 77 && stranger.stderr.contains("systemd-journal"),
+        "{}: {}",
+        stranger.code,
+        stranger.all()
+    );
+    let wrong = guest.run("plimsoll log --since sometime")?;
+    ensure!(wrong.code == 2, "{}: {}", wrong.code, wrong.all());
+    let follow = guest.ok("timeout 20 plimsoll log -f -n 0 > /run/followed & sleep 2; plimsoll lease 16MiB --name seen -- true; \
+                           for i in $(seq 100); do grep -q lease:seen /run/followed && break; sleep 0.1; done; cat /run/followed")?;
+    ensure!(follow.contains("lease:seen is admitted"), "{follow}");
+    ended(lab)
+}
