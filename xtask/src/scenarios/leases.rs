@@ -82,7 +82,7 @@ pub fn outlives_the_daemon(lab: &mut Lab) -> Result<()> {
     guest.ok("systemctl stop plimsolld.service && systemctl stop brief.service && systemctl start plimsolld.service")?;
     guest.wait_until("it answers", PATIENCE, "plimsoll status >/dev/null")?;
     let names: Vec<String> = lab.status()?.leases.into_iter().map(|lease| lease.lease).collect();
-    ensure!(names.iter().all(|name| name != "lease:brief"), "{names:?}");
+    ensure!(names == ["lease:kept"], "after a stop: {names:?}{}", guest.evidence());
     guest.ok("systemctl stop holder.service")?;
     ended(lab)?;
     let stored = guest.ok("systemctl show -P NFileDescriptorStore plimsolld.service")?;
