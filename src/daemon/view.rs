@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::leases::Leases;
 use super::report::{
-    Basis as Correction, Classes, Decision as Shown, Lease, Model, Pool as PoolReport, Quarantined, Status, Swap,
-    SwapArea,
+    Basis as Correction, Classes, Decision as Shown, Lease, Model, Pool as PoolReport, Quarantined, Status,
+    Swap, SwapArea,
 };
 use crate::bytes::Bytes;
 use crate::config::{Instance, ModelName};

@@ -2,7 +2,7 @@
 
 use super::{Core, Pending, activity};
 use crate::config::Instance;
-use crate::ledger::{Machine, Phase, Unit, UnitState};
+use crate::ledger::{Machine, Phase, Reservation, Unit, UnitState};
 use crate::policy::plan::rung_as_is;
 use crate::policy::request::Request;
 
