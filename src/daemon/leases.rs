@@ -284,7 +284,8 @@ impl Daemon {
             ttl: None,
             drain: 0,
             reload: Bytes::ZERO,
-            may_swap: true,
+            // There is no unit whose memory could be reclaimed.
+            may_swap: false,
             stream: None,
             swap: None,
             no_swapfile: None,
