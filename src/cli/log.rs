@@ -16,6 +16,8 @@ use crate::policy::decision::Kind;
 
 /// Never looked for in PATH: this may run as root.
 const JOURNALCTL: &str = "/usr/bin/journalctl";
+/// Where journals are kept.
+const JOURNALS: [&str; 2] = ["/run/log/journal", "/var/log/journal"];
 /// How many are shown when nothing else is said.
 const SHOWN: u32 = 50;
 /// What is kept of journalctl's complaints; bytes.
@@ -39,6 +41,9 @@ pub(super) fn log(args: &Log) -> Result<(), Failure> {
         args.since.as_deref(),
         show,
     )?;
+    if shown == 0 && !JOURNALS.iter().any(|directory| std::path::Path::new(directory).is_dir()) {
+        return Err(no_journal());
+    }
     if shown == 0 && !args.json {
         output::eprint("The journal has no such decision.");
     }
@@ -115,6 +120,11 @@ fn read(
     trouble(&complaints, ended.success() || ended.code().is_none(), shown, since).map_or(Ok(shown), Err)
 }
 
+fn no_journal() -> Failure {
+    Failure::failed("this machine keeps no journal, which is where the decisions are")
+        .hint("'plimsoll status' shows the latest without it")
+}
+
 /// What journalctl could not do.
 fn trouble(complaints: &str, succeeded: bool, shown: u64, since: Option<&str>) -> Option<Failure> {
     let says = |text: &str| complaints.contains(text);
@@ -125,8 +135,7 @@ fn trouble(complaints: &str, succeeded: bool, shown: u64, since: Option<&str>) -
         ));
     }
     if says("No journal files were found") || says("No journal files were opened") {
-        let failure = Failure::failed("this machine keeps no journal, which is where the decisions are");
-        return Some(failure.hint("'plimsoll status' shows the latest without it"));
+        return Some(no_journal());
     }
     if says("Failed to parse timestamp") {
         let failure = Failure::usage(format!("'{}' is not a time", since.unwrap_or_default()));
