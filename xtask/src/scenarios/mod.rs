@@ -1,6 +1,7 @@
 //! What has to hold in the virtual machine, on real processes: one function each.
 
 mod access;
+mod activity;
 mod admission;
 mod boot;
 mod broken;
@@ -59,6 +60,9 @@ scenarios![
     leases::outlives_the_daemon,
     leases::not_for_strangers,
     leases::decisions_are_in_the_journal,
+    activity::a_ttl_ends_no_request,
+    activity::idle_goes_before_busy,
+    activity::requests_end_before_the_stop,
     swap::made_by_hand,
     swap::one_larger_than_memory_swaps,
     swap::a_disk_that_takes_none,
