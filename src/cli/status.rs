@@ -92,6 +92,9 @@ fn overview(status: &Status, painter: Painter) -> String {
         if shown.iter().any(|m| m.pinned) {
             out.push_str("* pinned: never evicted\n");
         }
+        if shown.iter().any(|m| m.foreign) {
+            out.push_str("+ adopted: a service of somebody else, counted as it is measured\n");
+        }
         for model in shown.iter().filter(|m| !m.message.is_empty()) {
             let message = &model.message;
             let own = message.starts_with(&model.instance);
@@ -221,7 +224,12 @@ fn models(shown: &[&Model], painter: Painter) -> String {
         table.row(vec![
             (model.instance.clone(), Style::Bold),
             (model.state.clone(), state_style(&model.state)),
-            plain(format!("{}{}", model.priority, if model.pinned { "*" } else { "" })),
+            plain(format!(
+                "{}{}{}",
+                model.priority,
+                if model.pinned { "*" } else { "" },
+                if model.foreign { "+" } else { "" }
+            )),
             plain(context(model)),
             plain(against(p.mapped_bytes, m.mapped_bytes)),
             plain(against(p.private_bytes, m.private_bytes)),
@@ -295,6 +303,7 @@ fn detail(model: &Model, decisions: &[Decision], painter: Painter) -> String {
         }
     };
     line("message", &model.message);
+    line("kind", if model.foreign { "a service of somebody else, adopted" } else { "" });
     line("priority", &format!("{}{}", model.priority, if model.pinned { ", pinned" } else { "" }));
     if model.context > 0 {
         let slots = model.parallel.max(1);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::instance::ModelName;
 use super::model::{DEFAULT_ENGINE, DEFAULT_PRIORITY};
 use super::model_file::KEYS_OF_ONE_MODEL;
 use super::problem::{Place, Problem, quoted};
@@ -118,7 +119,7 @@ pub struct Daemon {
     /// Engines by name. `llama-server` is searched for when it is not among them.
     pub engines: BTreeMap<String, EngineSource>,
     /// Adopted units by name.
-    pub adopted: BTreeMap<String, Adopted>,
+    pub adopted: BTreeMap<ModelName, Adopted>,
 }
 
 fn reserve<S: serde::Serializer>(value: &Reserve, serializer: S) -> Result<S::Ok, S::Error> {
@@ -168,7 +169,7 @@ pub(super) fn read(table: Table, problems: &mut Vec<Problem>) -> (Daemon, Table)
         page_cache: page_cache.map(|table| read_page_cache(table, problems)).unwrap_or_default(),
         swap: swap.map(|table| read_swap(table, problems)).unwrap_or_default(),
         engines: named(engines, "engine", problems, read_engine),
-        adopted: named(adopted, "adopt", problems, read_adopted),
+        adopted: named(adopted, "adopt", problems, read_adopted).into_values().collect(),
     };
     (daemon, defaults)
 }
@@ -237,14 +238,60 @@ fn read_engine(name: &str, table: Table, place: &Place, problems: &mut Vec<Probl
     None
 }
 
-fn read_adopted(name: &str, table: Table, place: &Place, problems: &mut Vec<Problem>) -> Option<Adopted> {
-    if !name.ends_with(".service") || name.starts_with("llm@") || name.contains('/') {
+/// Services without which there is no machine, or no way to it; with a `*` at the end, all that begin so.
+const NEVER_ADOPTED: [&str; 22] = [
+    "systemd-*",
+    "plimsoll*",
+    "dbus*",
+    "sshd*",
+    "ssh.service",
+    "ssh@*",
+    "user@*",
+    "user-runtime-dir@*",
+    "getty@*",
+    "serial-getty@*",
+    "console-getty.service",
+    "emergency.service",
+    "rescue.service",
+    "initrd-*",
+    "polkit.service",
+    "NetworkManager*",
+    "networking.service",
+    "wpa_supplicant*",
+    "auditd.service",
+    "firewalld.service",
+    "nftables.service",
+    "display-manager.service",
+];
+
+/// Why a unit can't be adopted.
+fn not_adoptable(name: &str) -> Option<&'static str> {
+    let essential = |pattern: &&str| match pattern.strip_suffix('*') {
+        Some(start) => name.starts_with(start),
+        None => name == *pattern,
+    };
+    let is_name = name.parse::<ModelName>().is_ok_and(|name| name.is_foreign());
+    match name {
+        _ if name.starts_with("llm@") => Some("it is a model already"),
+        _ if !is_name => Some("it must be a service of somebody else"),
+        _ if name.ends_with("@.service") => Some("it is a template: name one of its instances"),
+        _ if NEVER_ADOPTED.iter().any(essential) => {
+            Some("the machine, or the way to it, depends on it, and what is adopted may be stopped")
+        }
+        _ => None,
+    }
+}
+
+fn read_adopted(
+    name: &str,
+    table: Table,
+    place: &Place,
+    problems: &mut Vec<Problem>,
+) -> Option<(ModelName, Adopted)> {
+    if let Some(why) = not_adoptable(name) {
         problems.push(
-            Problem::error(
-                place.clone(),
-                format!("{} can't be adopted: it must be a service of somebody else", quoted(name)),
-            )
-            .hint("for example [adopt.\"ollama.service\"]"),
+            Problem::error(place.clone(), format!("{} can't be adopted: {why}", quoted(name)))
+                .hint("for example [adopt.\"ollama.service\"]"),
         );
     }
     let mut r = Reader::new(table, problems);
@@ -254,7 +301,7 @@ fn read_adopted(name: &str, table: Table, place: &Place, problems: &mut Vec<Prob
         memory: r.read("memory", reader::size),
     };
     r.finish(|_| None);
-    Some(adopted)
+    Some((name.parse().ok()?, adopted))
 }
 
 impl Daemon {

@@ -8,7 +8,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::problem::quoted;
 
-/// The name of a configured model: `[A-Za-z0-9][A-Za-z0-9_.-]{0,62}`.
+/// The name of a configured model: `[A-Za-z0-9][A-Za-z0-9_.-]{0,62}`, or that of a unit of somebody else, which ends in
+/// `.service`.
 ///
 /// The alphabet is what systemd takes in an instance name as it stands, so that a unit's name
 /// never needs escaping.
@@ -17,6 +18,9 @@ pub struct ModelName(String);
 
 /// What a text that means a lease begins with; no model's name has a colon.
 const LEASE: &str = "lease:";
+
+/// How the names of units of others end; no model is called so.
+const FOREIGN: &str = ".service";
 
 /// A running copy of a model: `NAME`, or `NAME@2` for the second one. Or something else that holds memory like one, a
 /// lease of that name: `lease:NAME`.
@@ -38,6 +42,9 @@ pub enum NameError {
         "{0} can't be a model's name: use up to 63 letters, digits, '-', '_' and '.', beginning with a letter or a digit"
     )]
     Model(String),
+    /// No name that a service can have.
+    #[error("{0} can't be the name of a service")]
+    Unit(String),
     /// What stands after the `@` is not 2 to 99.
     #[error("{0} is not an instance: after '@' stands its number, 2 to 99, as in NAME@2")]
     Number(String),
@@ -49,6 +56,12 @@ impl ModelName {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether it is the name of a unit of somebody else, and of no model.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        self.0.ends_with(FOREIGN)
+    }
 }
 
 impl FromStr for ModelName {
@@ -59,8 +72,20 @@ impl FromStr for ModelName {
         let allowed = text.starts_with(plain)
             && text.len() <= 63
             && text.chars().all(|c| plain(c) || matches!(c, '-' | '_' | '.'));
+        if text.ends_with(FOREIGN) {
+            return foreign(text);
+        }
         if allowed { Ok(Self(text.to_owned())) } else { Err(NameError::Model(quoted(text))) }
     }
+}
+
+/// The name of a service, by systemd's alphabet for names of units.
+fn foreign(text: &str) -> Result<ModelName, NameError> {
+    let name = text.strip_suffix(FOREIGN).unwrap_or_default();
+    let allowed = name.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+        && text.len() <= 255
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b":-_.\\@".contains(&b));
+    if allowed { Ok(ModelName(text.to_owned())) } else { Err(NameError::Unit(quoted(text))) }
 }
 
 impl fmt::Display for ModelName {
@@ -89,17 +114,23 @@ impl Instance {
         Self { model: name, number, lease: true }
     }
 
+    /// Whether it is a unit of somebody else that was adopted: counted and stopped like a model, and no model.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        !self.lease && self.model.is_foreign()
+    }
+
     /// Its systemd unit.
     #[must_use]
     pub fn unit(&self) -> String {
-        format!("llm@{self}.service")
+        if self.is_foreign() { self.model.0.clone() } else { format!("llm@{self}.service") }
     }
 
     /// The instance that a systemd unit runs, if it is one of ours.
     #[must_use]
     pub fn from_unit(unit: &str) -> Option<Self> {
-        let instance: Self = unit.strip_prefix("llm@")?.strip_suffix(".service")?.parse().ok()?;
-        Some(instance).filter(|instance| !instance.lease)
+        let instance: Self = unit.strip_prefix("llm@")?.strip_suffix(FOREIGN)?.parse().ok()?;
+        Some(instance).filter(|instance| !instance.lease && !instance.is_foreign())
     }
 
     /// The port at which it serves when the first instance of its model serves at `first`; none
@@ -121,7 +152,8 @@ impl FromStr for Instance {
 
     fn from_str(text: &str) -> Result<Self, NameError> {
         let (text, lease) = text.strip_prefix(LEASE).map_or((text, false), |name| (name, true));
-        let Some((model, number)) = text.split_once('@') else {
+        let numbered = text.split_once('@').filter(|_| !text.ends_with(FOREIGN));
+        let Some((model, number)) = numbered else {
             return Ok(Self { model: text.parse()?, number: 1, lease });
         };
         let digits =
@@ -188,6 +220,20 @@ mod tests {
         for text in ["lease:", "lease:lease:a", "lease:a@1", "a:b", "lease:a/b"] {
             assert!(text.parse::<Instance>().is_err(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_unit_of_somebody_else_is_told_by_its_name() {
+        for unit in ["ollama.service", "llama-server@gpu0.service", r"my\x2dquadlet.service"] {
+            let instance: Instance = unit.parse().unwrap();
+            assert!(instance.is_foreign());
+            assert_eq!((instance.to_string(), instance.unit()), (unit.to_owned(), unit.to_owned()));
+        }
+        for text in [".service", "-x.service", "a/b.service", "a b.service", "ä.service", "%i.service"] {
+            assert!(text.parse::<Instance>().is_err(), "{text:?}");
+        }
+        assert_eq!(Instance::from_unit("ollama.service"), None);
+        assert_eq!(Instance::from_unit("llm@ollama.service.service"), None);
     }
 
     #[test]

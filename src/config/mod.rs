@@ -155,6 +155,15 @@ pub fn load(root: &Path) -> Loaded {
     for (name, file) in names {
         let mut own = Vec::new();
         match name.parse::<ModelName>() {
+            Ok(name) if name.is_foreign() => own.push(
+                Problem::error(
+                    Place::file(&file),
+                    format!("{} is the name of a unit, and can't be a model's", quoted(name.as_str())),
+                )
+                .hint(format!(
+                    "a service of somebody else is adopted in plimsoll.toml, under [adopt.\"{name}\"]"
+                )),
+            ),
             Ok(name) => {
                 read_model(&sources, &name, &file, settings.as_ref(), &defaults, &mut loaded, &mut own)
             }

@@ -236,6 +236,8 @@ impl Daemon {
                 let Some(invocation) = self.adopted.get(&instance).cloned() else { return };
                 let request = match weighed.request {
                     Ok(request) if !request.ladder.is_empty() => request,
+                    // Not adopted any more.
+                    Err(_) if instance.is_foreign() => return,
                     Ok(request) => unknown(&instance, &invocation, request.unknown.as_deref()),
                     Err(error) => unknown(&instance, &invocation, Some(&error.to_string())),
                 };

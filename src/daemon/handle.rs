@@ -119,6 +119,15 @@ pub trait Asking: Send + Sync {
     fn prove(&self, peer: Peer, instance: Instance) -> Proof<'_>;
 }
 
+/// That an instance is a model: what was adopted is started and stopped by whoever it belongs to.
+fn ours(instance: &Instance, verb: &str) -> Result<(), Fault> {
+    if !instance.is_foreign() {
+        return Ok(());
+    }
+    let why = format!("{instance} is a service of somebody else: use 'systemctl {verb} {instance}'");
+    Err(Fault::Catalog(CatalogError::NotFound(why)))
+}
+
 /// How a model is to be loaded, once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LoadOptions {
@@ -214,6 +223,7 @@ impl Handle {
             Ok::<_, CatalogError>((instance, LoadOptions { instead_of: others?, ..options }))
         };
         let (instance, options) = self.read(check).await??;
+        ours(&instance, "start")?;
         let runs = self.machine().units.get(&instance).is_some_and(|unit| unit.state == UnitState::Active);
         if runs && options != LoadOptions::default() {
             let why = format!("{instance} runs already: 'plimsoll unload {instance}' first");
@@ -233,6 +243,7 @@ impl Handle {
     /// Nothing of that name is configured or runs.
     pub async fn prepare_unload(&self, instance: String) -> Result<Job, Fault> {
         let instance = self.shown(instance).await?;
+        ours(&instance, "stop")?;
         Ok(self.job(instance, JobKind::Unload))
     }
 

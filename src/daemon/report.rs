@@ -139,6 +139,8 @@ pub struct Model {
     pub instance: String,
     /// `inactive`, `waiting`, `loading`, `running`, `stopping`, `failed`.
     pub state: String,
+    /// A service of somebody else that was adopted.
+    pub foreign: bool,
     /// 0 to 100; higher stays.
     pub priority: u8,
     /// Never evicted.

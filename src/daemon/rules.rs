@@ -24,9 +24,12 @@ impl Daemon {
     pub(super) fn reload(&self) {
         let _ = self.parts.notifier.reloading();
         let catalog = Arc::clone(&self.parts.catalog);
-        let sender = self.sender.clone();
+        let (sender, reloaded) = (self.sender.clone(), self.parts.reloaded.clone());
         tokio::task::spawn_blocking(move || {
             catalog.reload();
+            if let Some(reloaded) = reloaded {
+                reloaded();
+            }
             let _ = sender.send(Input::Reloaded(catalog.rulebook().map(Box::new)));
         });
     }

@@ -45,6 +45,8 @@ pub struct Parts {
     pub store: Option<Arc<dyn Store>>,
     /// Looked at before each admission, on a thread that may block: the page cache.
     pub survey: Option<Arc<dyn Fn() + Send + Sync>>,
+    /// Called when the configuration was read again, on a thread that may block.
+    pub reloaded: Option<Arc<dyn Fn() + Send + Sync>>,
     /// The service manager: watchdog, status, readiness after a reload.
     pub notifier: Notifier,
     /// Leases that were held before a restart, and still are.

@@ -154,6 +154,7 @@ fn bench<F: Future<Output = ()>>(units: &[(&str, UnitState)], test: impl FnOnce(
             mode: None,
             store: Some(Arc::new(fake.clone())),
             survey: None,
+            reloaded: None,
             notifier: Notifier::from_environment(),
             leases: Vec::new(),
         };
@@ -340,6 +341,7 @@ fn a_lease_outlives_a_restart_as_its_holder_does() {
             mode: None,
             store: None,
             survey: None,
+            reloaded: None,
             notifier,
             leases: kept,
         };

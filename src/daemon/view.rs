@@ -109,8 +109,8 @@ fn swap_area(area: &ledger::SwapArea) -> SwapArea {
 
 fn charges(holders: &BTreeMap<Instance, Reservation>) -> Charges {
     let mut charges = Charges::default();
-    for reservation in holders.values() {
-        charges.add(reservation.held());
+    for (instance, reservation) in holders {
+        charges.add_holder(instance, reservation);
     }
     charges
 }
@@ -196,6 +196,7 @@ fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&Mo
         _ if waits.is_some() => "waiting",
         (UnitState::Active, _) => "running",
         (UnitState::Activating, Some(_)) => "loading",
+        (UnitState::Activating, None) if instance.is_foreign() => "loading",
         (UnitState::Activating, None) => "waiting",
         (UnitState::Inactive, _) => "inactive",
     };
@@ -218,6 +219,7 @@ fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&Mo
         name: instance.model.to_string(),
         instance: instance.to_string(),
         state: state.to_owned(),
+        foreign: instance.is_foreign(),
         priority: holder.map(|r| r.priority).or(info.map(|info| info.priority)).unwrap_or_default(),
         pinned: pinned.unwrap_or_default(),
         context,

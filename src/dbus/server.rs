@@ -13,7 +13,7 @@ use super::authorize::Authority;
 use super::service::{Manager, Quotes, publish};
 use super::{NAME, PATH};
 use crate::action::notify::Notifier;
-use crate::action::systemd::{Systemd, SystemdError};
+use crate::action::systemd::{Systemd, SystemdError, UnitEvent};
 use crate::daemon::catalog::RealCatalog;
 use crate::daemon::real::{
     Activities, Effects, Files, Gate, PageCache, RealPorts, SwapFiles, Units, call_off_removals, carry_out,
@@ -23,6 +23,7 @@ use crate::daemon::{Daemon, Input, Parts, journal, leases, signals};
 use crate::host::Host;
 use crate::os::{lock_memory, stored_descriptors};
 use crate::policy::{Core, Rules};
+use crate::ports::Catalog;
 
 /// Threads for what blocks: headers of models, page cache, state files. Each kind has its own bound,
 /// and together they stay below this one, so that none keeps another from running.
@@ -84,17 +85,19 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
     let files = Arc::new(Files::new(root, boot));
     let (durable, same_boot) = files.load();
 
+    let catalog = Arc::new(RealCatalog::new(root));
     // Listened to before it is read, so that nothing is missed between the two.
     let no_systemd = |error: SystemdError| error.to_string();
     let systemd = Systemd::new(&connection).await.map_err(no_systemd)?;
     let units = Arc::new(Units::default());
     units.remember_limits(files.load_limits());
     let (unit_events, happened) = mpsc::unbounded_channel();
-    let _watch = systemd.watch(unit_events).await.map_err(no_systemd)?;
-    units.fill(&systemd).await.map_err(no_systemd)?;
+    let whose = Arc::clone(&catalog);
+    let of = move |unit: &str| whose.instance_of_unit(unit);
+    let _watch = systemd.watch(unit_events.clone(), of, catalog.adopted()).await.map_err(no_systemd)?;
+    units.fill(&systemd, &catalog.adopted()).await.map_err(no_systemd)?;
     call_off_removals(&systemd).await;
 
-    let catalog = Arc::new(RealCatalog::new(root));
     let cache = Arc::new(PageCache::default());
     let swap = Arc::new(SwapFiles::default());
     let survey = survey(&catalog, &cache, &swap);
@@ -115,11 +118,12 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
     let parts = Parts {
         leases,
         ports: Box::new(ports),
-        catalog,
+        catalog: Arc::clone(&catalog) as Arc<dyn Catalog>,
         core: Core::new(Rules::default(), durable.saved, same_boot),
         mode: durable.mode,
         store: Some(files),
         survey: Some(Arc::clone(&survey)),
+        reloaded: Some(look_at_adopted(&catalog, unit_events)),
         notifier,
     };
     let (daemon, handle, published) = Daemon::new(parts, sender.clone());
@@ -154,6 +158,18 @@ async fn connect(bus: Option<&str>) -> Result<Connection, String> {
         None => zbus::connection::Builder::system(),
     };
     builder.build().await.map_err(|error| format!("no connection to the message bus: {error}"))
+}
+
+/// Has units looked at that have just been adopted: one that runs already says nothing by itself.
+fn look_at_adopted(
+    catalog: &Arc<RealCatalog>,
+    events: mpsc::UnboundedSender<UnitEvent>,
+) -> Arc<dyn Fn() + Send + Sync> {
+    let catalog = Arc::clone(catalog);
+    Arc::new(move || {
+        // Nobody hears it where the daemon is ending.
+        catalog.adopted().into_iter().for_each(|instance| drop(events.send(UnitEvent::Changed(instance))));
+    })
 }
 
 /// Looks at what of the models' files is in the page cache, and at the swapfiles of the daemon's own.

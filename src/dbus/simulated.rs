@@ -85,6 +85,7 @@ pub async fn simulate(scenario: &Path, bus: Option<&str>) -> Result<(), String> 
         mode: None,
         store: None,
         survey: None,
+        reloaded: None,
         notifier: Notifier::from_environment(),
         leases: Vec::new(),
     };

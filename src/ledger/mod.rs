@@ -10,6 +10,6 @@ pub mod swap;
 
 pub use footprint::{Footprint, Mapped};
 pub use machine::{Busy, FileId, Gpu, GpuKind, Machine, Measured, Memory, Pressure, Unit, UnitState};
-pub use pools::{Charges, PerPool, Pool, capacity};
+pub use pools::{Charges, PerPool, Pool, capacity, unified_bytes};
 pub use reservation::{Basis, Phase, Reservation};
 pub use swap::{SwapArea, SwapName, SwapOwner, swapfile_bytes};

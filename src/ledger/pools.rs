@@ -75,8 +75,11 @@ impl PerPool {
 /// Each mapped file is charged once, at the largest share that any holder wants of it.
 #[derive(Clone, Debug, Default)]
 pub struct Charges {
-    holders: Vec<Footprint>,
+    /// Each, and whether it is outside of llm.slice.
+    holders: Vec<(Footprint, bool)>,
     private: Bytes,
+    /// What of it is outside of llm.slice.
+    outside: Bytes,
     mapped: Bytes,
     gpus: Vec<Bytes>,
     files: BTreeMap<FileId, Vec<(usize, Bytes)>>,
@@ -85,6 +88,18 @@ pub struct Charges {
 impl Charges {
     /// Adds a holder and returns its number, counted from 0.
     pub fn add(&mut self, footprint: Footprint) -> usize {
+        self.add_in(footprint, false)
+    }
+
+    /// Adds the holder `instance`; what is no model is not in llm.slice.
+    pub fn add_holder(&mut self, instance: &Instance, reservation: &Reservation) -> usize {
+        self.add_in(reservation.held(), instance.is_foreign() || instance.lease)
+    }
+
+    fn add_in(&mut self, footprint: Footprint, outside: bool) -> usize {
+        if outside {
+            self.outside += footprint.private;
+        }
         let number = self.holders.len();
         self.private += footprint.private;
         add_gpus(&mut self.gpus, &footprint.gpus);
@@ -94,7 +109,7 @@ impl Charges {
             shares.push((number, mapped.bytes));
             self.mapped += mapped.bytes - before;
         }
-        self.holders.push(footprint);
+        self.holders.push((footprint, outside));
         number
     }
 
@@ -103,6 +118,7 @@ impl Charges {
     #[must_use]
     pub fn per_pool(&self, machine: &Machine, without: &[usize], plus: Option<&Footprint>) -> PerPool {
         let (mut private, mut mapped, mut gpus) = (self.private, self.mapped, self.gpus.clone());
+        let mut outside_of_slice = self.outside;
         gpus.resize(gpus.len().max(machine.gpus.len()), Bytes::ZERO);
         // The shares of files that someone lets go of or wants more of: the rest is as it was.
         let mut shares: BTreeMap<FileId, Bytes> = BTreeMap::new();
@@ -115,8 +131,11 @@ impl Charges {
             }
         }
         let gone: BTreeSet<usize> = without.iter().copied().collect();
-        for footprint in gone.iter().filter_map(|n| self.holders.get(*n)) {
+        for (footprint, outside) in gone.iter().filter_map(|n| self.holders.get(*n)) {
             private -= footprint.private;
+            if *outside {
+                outside_of_slice -= footprint.private;
+            }
             for (sum, gpu) in gpus.iter_mut().zip(&footprint.gpus) {
                 *sum -= *gpu;
             }
@@ -130,7 +149,7 @@ impl Charges {
             mapped += share.max(largest(holders, |n| !gone.contains(&n)));
         }
         let host = private + mapped;
-        PerPool { memory: host + unified(machine, &gpus), slice: host, gpus }
+        PerPool { memory: host + unified(machine, &gpus), slice: host - outside_of_slice, gpus }
     }
 }
 
@@ -154,6 +173,12 @@ fn unified(machine: &Machine, gpus: &[Bytes]) -> Bytes {
         .filter(|(n, _)| machine.gpus.get(*n).is_none_or(|gpu| gpu.kind == GpuKind::Unified))
         .map(|(_, bytes)| *bytes)
         .sum()
+}
+
+/// System memory that a unit holds on GPUs which compute from it.
+#[must_use]
+pub fn unified_bytes(machine: &Machine, gpus: &[Bytes]) -> Bytes {
+    unified(machine, gpus)
 }
 
 /// How much of each pool holders of reservations may hold in all, on `machine` as it is now.

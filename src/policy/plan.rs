@@ -192,7 +192,7 @@ impl<'a> Scene<'a> {
         let mut names = Vec::new();
         for (instance, reservation) in situation.holders {
             if *instance != request.instance {
-                charges.add(reservation.held());
+                charges.add_holder(instance, reservation);
                 names.push(instance);
             }
         }

@@ -123,6 +123,21 @@ impl Simulation {
         }
         self.check();
         self.emit(out);
+        self.adopt_foreign();
+    }
+
+    /// Units of others that run are taken into the ledger, as the daemon does with all that it finds running.
+    fn adopt_foreign(&mut self) {
+        let machine = self.world.observe();
+        let unknown = machine.units.iter().find(|(instance, unit)| {
+            instance.is_foreign()
+                && unit.state == UnitState::Active
+                && !self.core.holders().contains_key(*instance)
+        });
+        let Some((instance, unit)) = unknown else { return };
+        if let Some(request) = self.world.scenario().request(instance, &unit.invocation) {
+            self.step(Event::Adopt { request: Box::new(request) });
+        }
     }
 
     /// The invariants that hold after every step: what is promised to models that load or run is

@@ -155,6 +155,11 @@ impl World {
                     self.units.get(&instance).is_some_and(|u| u.invocation == invocation && !u.asked);
                 let request = self.scenario.request(&instance, &invocation.to_string());
                 let (true, Some(mut request)) = (current, request) else { return };
+                if instance.is_foreign() {
+                    let rung = request.ladder.first().cloned().unwrap_or_default();
+                    self.loads(&instance, rung.footprint);
+                    return;
+                }
                 if let Some(unit) = self.units.get_mut(&instance) {
                     unit.asked = true;
                     request.explicit = !unit.restarted;
@@ -406,18 +411,22 @@ impl World {
             Ok(context) => {
                 let request = self.scenario.request(&instance, "");
                 let rung = request.and_then(|r| r.ladder.into_iter().find(|rung| rung.context == *context));
-                let seconds = self.scenario.models.get(&instance.model).map_or(0, |m| m.load_seconds);
-                let more = self.scenario.models.get(&instance.model).map_or(Bytes::ZERO, |m| m.takes_more);
-                let now = self.now;
-                let Some(unit) = self.units.get_mut(&instance) else { return };
-                unit.footprint = rung.map(|rung| rung.footprint).unwrap_or_default();
-                unit.footprint.private += more;
-                unit.loading_since = now;
-                let invocation = unit.invocation;
-                self.later(seconds * 1000, Happening::Loaded(instance, invocation));
+                self.loads(&instance, rung.map(|rung| rung.footprint).unwrap_or_default());
             }
             Err(_) => self.end(&instance, UnitState::Failed, out),
         }
+    }
+
+    fn loads(&mut self, instance: &Instance, footprint: Footprint) {
+        let model = self.scenario.models.get(&instance.model);
+        let (seconds, more) = model.map_or((0, Bytes::ZERO), |m| (m.load_seconds, m.takes_more));
+        let now = self.now;
+        let Some(unit) = self.units.get_mut(instance) else { return };
+        unit.footprint = footprint;
+        unit.footprint.private += more;
+        unit.loading_since = now;
+        let invocation = unit.invocation;
+        self.later(seconds * 1000, Happening::Loaded(instance.clone(), invocation));
     }
 
     /// How much more is in use than the machine has: on a real one the kernel would kill.
@@ -452,7 +461,7 @@ impl World {
                     used += *bytes;
                 }
             }
-            if unit.state == UnitState::Activating {
+            if unit.state == UnitState::Activating && !instance.is_foreign() {
                 starting.push(instance.clone());
             }
             let main_pid = if unit.state.is_alive() { 1000 } else { 0 };

@@ -223,7 +223,8 @@ impl Lab {
         self.guest.ok_within(
             "systemctl unmask --runtime --quiet plimsolld.service 2>/dev/null; \
              systemctl disable --quiet llm@rival-a llm@rival-b llm@rival-c llm@impossible 2>/dev/null; \
-             rm -rf /etc/plimsoll/models.d/*; \
+             rm -rf /etc/plimsoll/models.d/* /etc/plimsoll/plimsoll.toml.d; \
+             systemctl stop foreign.service 2>/dev/null; rm -f /etc/systemd/system/foreign.service; \
              systemctl daemon-reload; systemctl is-active --quiet plimsolld || systemctl restart plimsolld; \
              systemctl reload plimsolld",
             PATIENCE,

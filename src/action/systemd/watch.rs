@@ -39,16 +39,21 @@ impl Systemd {
     ///
     /// Only units that have had a job since, or are loaded now, are listened to one by one: asking
     /// for the changes of all units would wake the daemon for everything that goes on in the system.
-    pub async fn watch(&self, events: UnboundedSender<UnitEvent>) -> Result<Watch, SystemdError> {
+    /// `of` says whose a unit is; `adopted` are units of others that are listened to from the start.
+    pub async fn watch(
+        &self,
+        events: UnboundedSender<UnitEvent>,
+        of: impl Fn(&str) -> Option<Instance> + Send + 'static,
+        adopted: Vec<Instance>,
+    ) -> Result<Watch, SystemdError> {
         let mut listeners =
             Listeners { systemd: self.clone(), events: events.clone(), tasks: HashMap::new() };
         let loaded =
             bounded("ListUnitsByPatterns", self.manager.list_units_by_patterns(&[], &[UNITS])).await?;
-        for (unit, ..) in loaded {
-            if let Some(instance) = Instance::from_unit(&unit) {
-                let changes = changes(self, &instance).await?;
-                listeners.add(instance, Some(changes));
-            }
+        let loaded = loaded.into_iter().filter_map(|(unit, ..)| Instance::from_unit(&unit));
+        for instance in loaded.chain(adopted) {
+            let changes = changes(self, &instance).await?;
+            listeners.add(instance, Some(changes));
         }
         let mut queued = bounded("AddMatch", self.manager.receive_job_new()).await?;
         let mut ended = bounded("AddMatch", self.manager.receive_job_removed()).await?;
@@ -59,13 +64,13 @@ impl Systemd {
                 let event = tokio::select! {
                     signal = next(&mut queued) => match signal {
                         Some(signal) => signal.args().ok().and_then(|job| {
-                            Some(UnitEvent::Queued(Instance::from_unit(&job.unit)?))
+                            Some(UnitEvent::Queued(of(&job.unit)?))
                         }),
                         None => Some(UnitEvent::Lost),
                     },
                     signal = next(&mut ended) => match signal {
                         Some(signal) => signal.args().ok().and_then(|job| {
-                            Some(UnitEvent::Ended(Instance::from_unit(&job.unit)?, job.result.clone()))
+                            Some(UnitEvent::Ended(of(&job.unit)?, job.result.clone()))
                         }),
                         None => Some(UnitEvent::Lost),
                     },

@@ -102,6 +102,56 @@ impl RealCatalog {
         self.current().1.swap.clone()
     }
 
+    /// The instance that a systemd unit is: a model, or what was adopted.
+    #[must_use]
+    pub fn instance_of_unit(&self, unit: &str) -> Option<Instance> {
+        let adopted = || {
+            let instance: Instance = unit.parse().ok()?;
+            self.current().1.adopted.contains_key(&instance.model).then_some(instance)
+        };
+        Instance::from_unit(unit).or_else(adopted)
+    }
+
+    /// The units of others that are adopted.
+    #[must_use]
+    pub fn adopted(&self) -> Vec<Instance> {
+        self.current().1.adopted.keys().cloned().map(Instance::first).collect()
+    }
+
+    /// What a unit of somebody else takes: as declared, and beyond that as measured.
+    fn adoption(&self, instance: &Instance, wish: &Wish) -> Result<Request, CatalogError> {
+        let (_, settings) = self.current();
+        let not =
+            || CatalogError::NotFound(format!("{instance} is not adopted: plimsoll.toml names what is"));
+        let adopted = settings.adopted.get(&instance.model).ok_or_else(not)?;
+        let memory = adopted.memory.unwrap_or_default();
+        let footprint = Footprint { private: memory, ..Footprint::default() };
+        Ok(Request {
+            instance: instance.clone(),
+            invocation: wish.invocation.clone(),
+            priority: adopted.priority,
+            pinned: adopted.pinned,
+            ladder: vec![Rung { footprint, ..Rung::default() }],
+            advice: Vec::new(),
+            ttl: None,
+            reload: memory,
+            drain: 0,
+            may_swap: false,
+            stream: None,
+            swap: None,
+            no_swapfile: None,
+            instead_of: Default::default(),
+            stuck: Default::default(),
+            finishing: Default::default(),
+            force: false,
+            no_restore: false,
+            explicit: false,
+            unknown: None,
+            unit_limit: None,
+            patience: Default::default(),
+        })
+    }
+
     /// Where an instance answers, and the file with its keys; none where that is not known.
     #[must_use]
     pub fn place(&self, instance: &Instance) -> Option<(Server, Option<PathBuf>)> {
@@ -248,18 +298,29 @@ fn asked(model: &Model, effective: &Effective, wish: &Wish, facts: &Facts) -> As
 
 impl Catalog for RealCatalog {
     fn models(&self) -> Vec<ModelInfo> {
-        let (loaded, _) = self.current();
+        let (loaded, settings) = self.current();
         let good = loaded.models.values().map(info);
         let broken = loaded.broken.iter().map(|(name, problems)| ModelInfo {
             name: Some(name.clone()),
             broken: problems.iter().find(|problem| problem.is_error()).map(ToString::to_string),
             ..ModelInfo::default()
         });
-        good.chain(broken).collect()
+        let adopted = settings.adopted.iter().map(|(name, adopted)| ModelInfo {
+            name: Some(name.clone()),
+            priority: adopted.priority,
+            pinned: adopted.pinned,
+            ..ModelInfo::default()
+        });
+        good.chain(broken).chain(adopted).collect()
     }
 
     fn resolve(&self, text: &str) -> Result<Instance, CatalogError> {
-        let (loaded, _) = self.current();
+        let (loaded, settings) = self.current();
+        if let Ok(instance) = text.parse::<Instance>()
+            && settings.adopted.contains_key(&instance.model)
+        {
+            return Ok(instance);
+        }
         Ok(loaded.instance(text)?.0)
     }
 
@@ -268,6 +329,7 @@ impl Catalog for RealCatalog {
         let known = loaded.models.values().map(|model| (model.name.clone(), model.priority));
         // A model whose file is broken just now is still owed its return.
         let broken = loaded.broken.keys().map(|name| (name.clone(), config::DEFAULT_PRIORITY));
+        let adopted = settings.adopted.iter().map(|(name, adopted)| (name.clone(), adopted.priority));
         Some(Rulebook {
             mode: match settings.mode {
                 config::Mode::Enforce => Mode::Enforce,
@@ -282,7 +344,7 @@ impl Catalog for RealCatalog {
                 config::Peers::ReplaceIdle => Peers::ReplaceIdle,
             },
             drop_all_cache: settings.page_cache.drop_all,
-            priorities: broken.chain(known).collect(),
+            priorities: broken.chain(known).chain(adopted).collect(),
             problems: loaded.problems.iter().map(ToString::to_string).collect(),
         })
     }
@@ -295,6 +357,9 @@ impl Catalog for RealCatalog {
     }
 
     fn request(&self, wish: &Wish, gpus: &[Gpu]) -> Result<Request, CatalogError> {
+        if let Some(instance) = wish.instance.as_ref().filter(|instance| instance.is_foreign()) {
+            return self.adoption(instance, wish);
+        }
         let subject = self.subject(wish)?;
         let model = subject.model()?;
         let mut request = Request {

@@ -33,6 +33,9 @@ impl Gate {
 
     async fn look(&self, peer: Peer, instance: Instance) -> Result<Asker, Fault> {
         let unit = instance.unit();
+        if instance.is_foreign() {
+            return Err(Fault::NotTheUnit(format!("{unit} is not started through this gate")));
+        }
         let (theirs, invocation) = match &peer.pidfd {
             Some(pidfd) => self.systemd.unit_of(pidfd.as_fd()).await?,
             None => self.systemd.unit_of_pid(peer.pid).await?,

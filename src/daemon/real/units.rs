@@ -42,15 +42,18 @@ impl Units {
         self.lock().limits = limits;
     }
 
-    /// Reads everything from systemd.
+    /// Reads everything from systemd, these units of others among it.
     ///
     /// # Errors
     /// systemd does not answer.
-    pub async fn fill(&self, systemd: &Systemd) -> Result<(), SystemdError> {
+    pub async fn fill(&self, systemd: &Systemd, adopted: &[Instance]) -> Result<(), SystemdError> {
         let units = systemd.units(UNITS).await?;
         self.refresh_jobs(systemd).await?;
         let units = units.into_iter().filter_map(|unit| Some((Instance::from_unit(&unit.name)?, unit)));
         self.lock().units = units.collect();
+        for instance in adopted {
+            self.refresh(systemd, instance).await?;
+        }
         Ok(())
     }
 

@@ -369,7 +369,12 @@ impl Core {
         out: &mut Vec<Action>,
     ) {
         let Some(reservation) = self.holders.get_mut(victim) else { return };
-        let owed = reservation.clone();
+        let mut owed = reservation.clone();
+        if victim.is_foreign() {
+            // It comes back without asking, so there has to be room for all of it.
+            owed.predicted = owed.held();
+            owed.reload = owed.reload.max(owed.predicted.total());
+        }
         reservation.phase = Phase::Stopping;
         let (kind, why) = match reason {
             StopReason::Expired => (Kind::Expire, "idle past its ttl"),

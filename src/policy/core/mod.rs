@@ -281,6 +281,8 @@ impl Core {
     pub fn configure(&mut self, rules: Rules, priorities: BTreeMap<ModelName, u8>) {
         self.rules = rules;
         self.owed.retain(|owed| priorities.contains_key(&owed.instance.model));
+        // What is not adopted any more is nobody's business here.
+        self.holders.retain(|instance, _| !instance.is_foreign() || priorities.contains_key(&instance.model));
         self.priorities = priorities;
     }
 

@@ -1,8 +1,9 @@
 //! Bringing the ledger in line with what the machine shows.
 
 use super::{Core, Pending, activity};
+use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Machine, Phase, Reservation, Unit, UnitState};
+use crate::ledger::{Machine, Phase, Reservation, Unit, UnitState, unified_bytes};
 use crate::policy::plan::rung_as_is;
 use crate::policy::request::Request;
 
@@ -15,6 +16,9 @@ impl Core {
         for (instance, reservation) in &mut self.holders {
             let Some(unit) = unit(instance) else { continue };
             reservation.measured = unit.measured.clone();
+            if instance.is_foreign() {
+                whole(reservation, machine);
+            }
             self.peaks.note(reservation);
             match (reservation.phase, unit.state) {
                 (Phase::Loading | Phase::Running, UnitState::Deactivating) => {
@@ -73,8 +77,20 @@ impl Core {
         let as_is = rung_as_is(request, self.situation(machine, now));
         let mut reservation = request.reservation(as_is.as_ref().unwrap_or(rung), phase, now);
         reservation.measured = unit.measured.clone();
+        if request.instance.is_foreign() {
+            // What it took before it was stopped counts again, though it shows only later.
+            let before = self.owed.iter().find(|owed| owed.instance == request.instance);
+            reservation.reload = reservation.reload.max(before.map_or(Bytes::ZERO, |o| o.reservation.reload));
+            whole(&mut reservation, machine);
+        }
         self.holders.insert(request.instance.clone(), reservation);
     }
+}
+
+/// Of a unit of somebody else it is known (`reload`) what it takes at its largest, wherever that lies: what it was measured
+/// to hold on a GPU that computes from system memory is part of it.
+fn whole(reservation: &mut Reservation, machine: &Machine) {
+    reservation.predicted.private = reservation.reload - unified_bytes(machine, &reservation.measured.gpus);
 }
 
 /// How long a leak stays in the list after it was seen; milliseconds.

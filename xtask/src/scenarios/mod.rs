@@ -63,6 +63,7 @@ scenarios![
     activity::a_ttl_ends_no_request,
     activity::idle_goes_before_busy,
     activity::requests_end_before_the_stop,
+    activity::an_adopted_service_goes_and_returns,
     swap::made_by_hand,
     swap::one_larger_than_memory_swaps,
     swap::a_disk_that_takes_none,

@@ -1,0 +1,71 @@
+//! Units of others among the models: counted, stopped for more important ones, and back again.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use plimsoll::bytes::Bytes;
+use plimsoll::ledger::UnitState;
+use plimsoll::policy::decision::Kind;
+use plimsoll::sim::{Scenario, Simulation};
+
+/// A machine with 100 GiB for models, and a service of somebody else that declares 40 and takes 50.
+fn machine(priority: u8) -> Simulation {
+    let text = format!(
+        "[machine]\nmemory = '104GiB'\nsystem = '4GiB'\nreserve = '0B'\n[models]\n\
+         'ollama.service' = {{ weights = '40GiB', takes-more = '10GiB', placement = 'anonymous', priority = {priority} }}\n\
+         small = {{ weights = '30GiB', placement = 'anonymous', priority = 50 }}\n\
+         large = {{ weights = '60GiB', placement = 'anonymous', priority = 50 }}\n"
+    );
+    let scenario: Scenario = toml::from_str(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
+    Simulation::new(scenario)
+}
+
+fn of(s: &Simulation, kind: Kind) -> Vec<String> {
+    let decisions = s.decisions.iter().filter(|d| d.kind == kind);
+    decisions.filter_map(|d| Some(d.instance.as_ref()?.to_string())).collect()
+}
+
+#[test]
+fn it_starts_by_itself_and_is_counted_as_it_is_measured() {
+    let mut s = machine(30);
+    s.start("ollama.service").run(60);
+    assert_eq!(s.state("ollama.service"), UnitState::Active);
+    assert_eq!(of(&s, Kind::Admit), Vec::<String>::new(), "nobody is asked for it");
+    let held = s.core.holders().get(&"ollama.service".parse().unwrap()).unwrap().held().total();
+    assert_eq!(held, Bytes::gib(50));
+    s.start("small").run(60);
+    assert_eq!(s.running(), ["ollama.service", "small"]);
+    assert_eq!(s.breaches, Vec::<String>::new());
+}
+
+#[test]
+fn it_goes_for_a_higher_priority_and_comes_back_when_all_of_it_fits() {
+    let mut s = machine(30);
+    s.start("ollama.service").run(60);
+    s.start("large").run(60);
+    assert_eq!((of(&s, Kind::Evict), s.running()), (vec!["ollama.service".into()], vec!["large".into()]));
+    // 40 GiB are left, as much as it declares; it took 50 before.
+    s.run(3600);
+    assert_eq!(s.running(), ["large"]);
+    s.stop("large").run(120);
+    assert_eq!(s.running(), ["ollama.service"]);
+    assert_eq!(s.core.owed().len(), 0);
+    let held = s.core.holders().get(&"ollama.service".parse().unwrap()).unwrap().held().total();
+    assert_eq!(held, Bytes::gib(50));
+    assert_eq!(s.breaches, Vec::<String>::new());
+}
+
+#[test]
+fn it_stays_for_what_is_not_more_important() {
+    let mut s = machine(50);
+    s.start("ollama.service").run(60);
+    s.start("large").run(60);
+    assert_eq!(s.running(), ["ollama.service"]);
+    assert_eq!(of(&s, Kind::Refuse), ["large"]);
+}
+
+#[test]
+fn what_a_person_stopped_stays_stopped() {
+    let mut s = machine(30);
+    s.start("ollama.service").run(60);
+    s.stop("ollama.service").run(3600);
+    assert_eq!(s.running(), Vec::<String>::new());
+}
