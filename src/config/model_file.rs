@@ -81,6 +81,10 @@ const LLAMA_SERVER_KEYS: [&str; 12] = [
     "api-key-file",
 ];
 
+/// Programs that have what they run started by somebody else, outside of the unit's control group.
+const ESCAPES: [&str; 8] =
+    ["toolbox", "distrobox", "distrobox-enter", "podman", "docker", "nerdctl", "machinectl", "systemd-run"];
+
 /// Keys that belong to one model and can have no default for all.
 pub(super) const KEYS_OF_ONE_MODEL: [&str; 8] =
     ["model", "mmproj", "draft-model", "aliases", "port", "command", "memory", "gpu-memory"];
@@ -340,7 +344,17 @@ fn command(item: &Item) -> Result<Vec<String>, reader::Wrong> {
             "must begin with the absolute path of a program, not {}",
             quoted(program)
         ))),
-        Some(_) => Ok(arguments),
+        Some(program) => match ESCAPES.iter().find(|name| program.rsplit('/').next() == Some(**name)) {
+            None => Ok(arguments),
+            Some(name) => Err(reader::Wrong::new(format!(
+                "must not run the engine by {name}, which has its processes outside of the unit: there they are neither \
+                 measured nor limited, and go on when it stops"
+            ))
+            .hint(
+                "name the engine's own program; or run the container as a service of its own (a Quadlet), and adopt that \
+                 in plimsoll.toml under [adopt.\"NAME.service\"]",
+            )),
+        },
     }
 }
 
