@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::bytes::Bytes;
 use crate::config::{Instance, ModelName, NameError};
 use crate::ledger::{Gpu, Machine, Measured};
 use crate::policy::core::Effect;
-use crate::policy::{ActionId, Mode, Outcome, Peers, Refusal, Request, Rung};
+use crate::policy::{ActionId, LastResort, Mode, Outcome, Peers, Refusal, Request, Rung};
 
 /// Where the outcome of an effect goes, from whatever task or thread it ends in.
 pub type Outcomes = Box<dyn Fn(ActionId, Outcome) + Send>;
@@ -30,6 +31,19 @@ pub trait Ports {
     /// Begins an effect and returns at once; its outcome goes to `done`, exactly once. A start has
     /// its outcome when the unit answers, or when its start has failed.
     fn perform(&mut self, id: ActionId, effect: Effect, done: Outcomes);
+
+    /// What is to be done when the loop does not act, from now on; it looks again in `due` at the latest.
+    fn stand_by(&mut self, _last: Option<LastResort>, _due: Duration) {}
+
+    /// Who was killed by that since it was last asked, and what memory was left then.
+    fn killed(&mut self) -> Vec<(Instance, Bytes)> {
+        Vec::new()
+    }
+
+    /// What of the machine's memory can't be seen here, one sentence each.
+    fn unseen(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// The answer to a request that no call on the bus waits for: the simulated gate's.
     fn answered(&mut self, ticket: u64, answer: Result<u64, Box<Refusal>>);

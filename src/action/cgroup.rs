@@ -5,7 +5,7 @@
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::libc;
 
@@ -48,6 +48,14 @@ pub fn reclaim(group: &Path, target: Bytes, deadline: Instant) -> io::Result<Rec
         }
     }
     Ok(Reclaimed { before, after: now })
+}
+
+/// Reclaims so much from a group; see [`reclaim`].
+///
+/// # Errors
+/// The group is gone, or the kernel does not know memory.reclaim (Linux 5.19).
+pub fn reclaim_bytes(group: &Path, bytes: Bytes, limit: Duration) -> io::Result<Reclaimed> {
+    reclaim(group, current(group)? - bytes, Instant::now() + limit)
 }
 
 /// Kills every process of a group and below it, cgroup.kill. For a unit that systemd could not

@@ -5,11 +5,13 @@
 
 pub mod cgroup;
 pub mod kernel;
+pub mod last_rung;
 pub mod notify;
 pub mod page_cache;
 pub mod state_file;
 pub mod swapfile;
 pub mod systemd;
+pub mod trigger;
 
 /// What an action did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -132,6 +132,9 @@ fn overview(status: &Status, painter: Painter) -> String {
             out.push_str(&decision_line(decision, painter));
         }
     }
+    for unseen in &status.unseen {
+        let _ = writeln!(out, "\n{} {unseen}", painter.paint(Style::Yellow, "note:"));
+    }
     for problem in &status.problems {
         let _ = writeln!(out, "\n{} {problem}", painter.paint(Style::Red, "configuration:"));
     }
@@ -442,6 +445,7 @@ mod tests {
                 ..Lease::default()
             }],
             problems: Vec::new(),
+            ..Status::default()
         }
     }
 

@@ -96,7 +96,10 @@ impl Daemon {
     fn show(&mut self, looking: Looking) {
         let (machine, now) = (self.observe(), self.parts.ports.now());
         let Looking { models, problems, reply, .. } = looking;
-        let _ = reply.send(view::status(&self.core, &machine, &self.leases, &models, problems, now));
+        let mut status = view::status(&self.core, &machine, &self.leases, &models, problems, now);
+        status.unseen = self.parts.ports.unseen();
+        status.turns = self.turns.report();
+        let _ = reply.send(status);
     }
 
     /// Makes or removes a swapfile for a person, unless a model needs it.

@@ -22,6 +22,8 @@ pub enum Input {
     Event(Event),
     /// A unit or a job of systemd changed.
     Changed,
+    /// The last rung has killed somebody.
+    Killed,
     /// What a starting unit says of itself.
     Said(Instance, String),
     /// A running instance is to be taken into the ledger: who, and its InvocationID.

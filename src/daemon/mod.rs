@@ -21,6 +21,7 @@ pub mod signals;
 mod state;
 #[cfg(test)]
 mod tests;
+mod turns;
 mod view;
 
 pub use handle::{Asker, Asking, Fault, Handle, LeaseWish, LoadOptions, Peer, Proof};

@@ -29,6 +29,22 @@ pub struct Status {
     pub decisions: Vec<Decision>,
     /// What is wrong with the configuration, one sentence each.
     pub problems: Vec<String>,
+    /// What of the machine's memory can't be seen, one sentence each.
+    pub unseen: Vec<String>,
+    /// The daemon's own loop.
+    pub turns: Turns,
+}
+
+/// How the daemon's loop, which nothing may hold up, has fared since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Turns {
+    /// How many turns it has made.
+    pub count: u64,
+    /// The longest one, from what woke it to its next wait; microseconds.
+    pub longest_usec: u64,
+    /// The longest that it was late when it had itself woken, whatever held it up; microseconds.
+    pub latest_usec: u64,
 }
 
 /// A pool of memory.

@@ -13,6 +13,7 @@ use super::input::{Input, Looking, Publication, Waiting};
 use super::jobs::Jobs;
 use super::leases::{KeptLease, Leases};
 use super::state::{Durable, Store};
+use super::turns::Turns;
 use super::{journal, view};
 use crate::action::notify::{Notifier, watchdog_interval};
 use crate::config::Instance;
@@ -81,6 +82,7 @@ pub struct Daemon {
     pub(super) rulebook: Rulebook,
     pub(super) mode: Option<Mode>,
     pub(super) wake: Option<Time>,
+    pub(super) turns: Turns,
     pub(super) said: String,
     pub(super) ending: bool,
     pub(super) lost: bool,
@@ -120,6 +122,7 @@ impl Daemon {
             weighers: Arc::new(Semaphore::new(WEIGHERS)),
             rulebook: Rulebook::default(),
             wake: None,
+            turns: Turns::default(),
             said: String::new(),
             ending: false,
             lost: false,
@@ -154,13 +157,18 @@ impl Daemon {
         let mut beat = Time::now() + self.interval();
         while !self.ending {
             self.flush();
+            self.turns.end();
             beat = beat.min(Time::now() + self.interval());
             let next = self.wake.map_or(beat, |wake| wake.min(beat));
             // Time before inputs: a flood of them must not hold up the watchdog.
             tokio::select! {
                 biased;
-                () = finished(&mut self.saving) => self.saving = None,
+                () = finished(&mut self.saving) => {
+                    self.turns.begin(None);
+                    self.saving = None;
+                }
                 () = sleep_until(next) => {
+                    self.turns.begin(Some(next));
                     let beats = beat <= next;
                     if beats {
                         // A service manager that does not listen is its own affair.
@@ -173,7 +181,10 @@ impl Daemon {
                     }
                 }
                 input = inputs.recv() => match input {
-                    Some(input) => self.take_all(input, &mut inputs),
+                    Some(input) => {
+                        self.turns.begin(None);
+                        self.take_all(input, &mut inputs);
+                    }
                     None => break,
                 },
             }
@@ -216,6 +227,11 @@ impl Daemon {
             Input::Event(Event::Done { id, outcome }) => self.done(id, outcome),
             Input::Event(event) => self.step(event),
             Input::Changed => self.step(Event::Tick),
+            Input::Killed => {
+                for (instance, available) in self.parts.ports.killed() {
+                    self.step(Event::Killed { instance, available });
+                }
+            }
             Input::Said(instance, text) => self.tell_loads(&instance, &text),
             Input::Adopt(instance, invocation) => self.weigh_adoption(instance, invocation),
             Input::Command(command) => self.command(*command),
@@ -260,6 +276,9 @@ impl Daemon {
                 other => self.outbox.push_back(other),
             }
         }
+        let due = self.wake.map(|wake| wake.saturating_duration_since(Time::now()));
+        let due = due.unwrap_or(Duration::MAX).min(self.interval());
+        self.parts.ports.stand_by(self.core.last_resort(&machine), due);
         self.drop_the_gone();
         self.adopt_the_unknown(&machine);
         let line = view::line(&self.core, &machine);

@@ -1,7 +1,7 @@
 //! The loop on a machine of the test's own.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 
 use tokio::sync::mpsc;
 
@@ -11,16 +11,37 @@ use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{Footprint, Gpu, Machine, Measured, Unit, UnitState};
 use crate::policy::core::Effect;
+use crate::policy::decision::Kind;
 use crate::policy::{ActionId, Core, Mode, Outcome, Refusal, Request, Rules, Rung, Saved};
 use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Outcomes, Ports, Wish};
 
 /// What happened, in order.
 type Log = Arc<Mutex<Vec<String>>>;
 
+/// What holds up everything that may block while it is closed: disks, systemd, the kernel.
+#[derive(Default)]
+struct Lock {
+    closed: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Lock {
+    fn set(&self, closed: bool) {
+        *self.closed.lock().unwrap() = closed;
+        self.opened.notify_all();
+    }
+
+    fn pass(&self) {
+        drop(self.opened.wait_while(self.closed.lock().unwrap(), |closed| *closed).unwrap());
+    }
+}
+
 #[derive(Clone)]
 struct Fake {
     machine: Arc<Mutex<Machine>>,
     log: Log,
+    lock: Arc<Lock>,
+    killed: Arc<Mutex<Vec<(Instance, Bytes)>>>,
 }
 
 impl Ports for Fake {
@@ -48,7 +69,19 @@ impl Ports for Fake {
             Effect::Kill(instance) => format!("kill {instance}"),
         };
         self.log.lock().unwrap().push(what);
-        done(id, Outcome::Done);
+        if *self.lock.closed.lock().unwrap() {
+            let lock = Arc::clone(&self.lock);
+            std::thread::spawn(move || {
+                lock.pass();
+                done(id, Outcome::Done);
+            });
+        } else {
+            done(id, Outcome::Done);
+        }
+    }
+
+    fn killed(&mut self) -> Vec<(Instance, Bytes)> {
+        std::mem::take(&mut self.killed.lock().unwrap())
     }
 
     fn answered(&mut self, _: u64, _: Result<u64, Box<Refusal>>) {}
@@ -56,6 +89,7 @@ impl Ports for Fake {
 
 impl Store for Fake {
     fn save(&self, durable: &Durable) -> Result<(), String> {
+        self.lock.pass();
         let names: Vec<String> = durable.saved.holders.keys().map(ToString::to_string).collect();
         self.log.lock().unwrap().push(format!("save {}", names.join(" ")));
         Ok(())
@@ -70,6 +104,7 @@ impl Catalog for Fake {
     }
 
     fn request(&self, wish: &Wish, _: &[Gpu]) -> Result<Request, CatalogError> {
+        self.lock.pass();
         let instance = wish.instance.clone().unwrap();
         let gib = match instance.model.as_str() {
             "a" | "b" => 4,
@@ -143,7 +178,8 @@ fn bench<F: Future<Output = ()>>(units: &[(&str, UnitState)], test: impl FnOnce(
     machine.memory.available = Bytes::gib(15);
     machine.memory.free = Bytes::gib(15);
     machine.units = units.iter().map(|(text, state)| (name(text), unit(*state))).collect();
-    let fake = Fake { machine: Arc::new(Mutex::new(machine)), log: Log::default() };
+    let (machine, lock) = (Arc::new(Mutex::new(machine)), Arc::default());
+    let fake = Fake { machine, log: Log::default(), lock, killed: Arc::default() };
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {
         let (inputs, taken) = mpsc::unbounded_channel();
@@ -178,6 +214,49 @@ fn what_is_promised_is_saved_before_it_is_answered() {
         assert_eq!(bench.fake.log.lock().unwrap().len(), 2);
         bench.inputs.send(Input::Terminate).unwrap();
         assert_eq!(bench.run.await.unwrap(), Ok(()));
+    });
+}
+
+#[test]
+fn nothing_that_blocks_holds_up_the_loop() {
+    bench(&[("a", UnitState::Activating), ("b", UnitState::Activating)], |bench| async move {
+        let admit = |text: &str| {
+            let (handle, asker) = (bench.handle.clone(), asker(text));
+            tokio::task::spawn_local(async move {
+                handle.admit(asker, Vec::new(), BTreeMap::new(), BTreeMap::new()).await
+            })
+        };
+        admit("a").await.unwrap().unwrap();
+        // From here on no disk, no systemd and no kernel answers.
+        bench.fake.lock.set(true);
+        let blocked = admit("b");
+        // What is to be saved can't be, either.
+        bench.handle.pin("a".into(), true).await.unwrap();
+        bench.inputs.send(Input::Changed).unwrap();
+        let status = bench.handle.status().await.unwrap();
+        assert!(status.turns.count > 0 && !blocked.is_finished());
+        assert!(status.models.iter().any(|model| model.name == "a" && model.pinned), "{:?}", status.models);
+        bench.fake.lock.set(false);
+        blocked.await.unwrap().unwrap();
+        assert!(bench.handle.status().await.unwrap().turns.longest_usec > 0);
+    });
+}
+
+#[test]
+fn who_was_killed_by_the_last_rung_is_said_and_stopped() {
+    bench(&[("a", UnitState::Activating)], |mut bench| async move {
+        bench.handle.admit(asker("a"), Vec::new(), BTreeMap::new(), BTreeMap::new()).await.unwrap();
+        bench.fake.killed.lock().unwrap().push((name("a"), Bytes::mib(20)));
+        bench.inputs.send(Input::Killed).unwrap();
+        let decision = loop {
+            match bench.published.recv().await.unwrap() {
+                Publication::Decision(decision) if decision.kind == Kind::Relieve => break decision,
+                _ => {}
+            }
+        };
+        assert!(decision.text.contains("last rung"), "{}", decision.text);
+        let log = bench.fake.log.lock().unwrap().clone();
+        assert!(log.contains(&"kill a".to_owned()), "{log:?}");
     });
 }
 
@@ -325,7 +404,8 @@ fn a_lease_outlives_a_restart_as_its_holder_does() {
         let mut machine = Machine::default();
         machine.memory.total = Bytes::gib(16);
         machine.memory.available = Bytes::gib(15);
-        let fake = Fake { machine: Arc::new(Mutex::new(machine)), log: Log::default() };
+        let (machine, lock) = (Arc::new(Mutex::new(machine)), Arc::default());
+        let fake = Fake { machine, log: Log::default(), lock, killed: Arc::default() };
         let footprint = Footprint { private: Bytes::gib(4), ..Footprint::default() };
         let mut holders = BTreeMap::new();
         for (id, text) in [(1, "lease:kept"), (3, "lease:closed"), (4, "lease:asked")] {

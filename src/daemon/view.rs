@@ -73,6 +73,7 @@ pub(super) fn status(
         leases: self::leases(core, machine, leases),
         decisions: core.decisions().rev().take(SHOWN).map(shown).collect(),
         problems,
+        ..Status::default()
     }
 }
 

@@ -112,7 +112,7 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
         files: Arc::clone(&files),
         survey: Arc::clone(&survey),
     };
-    let ports = RealPorts::new(host.clone(), Arc::clone(&units), cache, swap, effects)?;
+    let ports = RealPorts::new(host.clone(), Arc::clone(&units), cache, swap, effects, sender.clone())?;
     let notifier = Notifier::from_environment();
     let leases = leases::keep(durable.leases, stored_descriptors(), &host, &notifier);
     let parts = Parts {

@@ -14,6 +14,8 @@ const MOUNT: &str = "/sys/fs/cgroup";
 /// has a handful; a container's payload a few levels.
 const DEPTH: usize = 8;
 const PROCESSES: usize = 16_384;
+/// So many groups are looked at for one that eats memory; a machine has some dozen at the top two levels.
+const GROUPS: usize = 512;
 
 /// The path of a control group below the hierarchy's root, as systemd's ControlGroup property and
 /// /proc/PID/cgroup have it: `/llm.slice/llm@small.service`.
@@ -192,6 +194,33 @@ impl Host {
             level = below;
         }
         Ok(pids)
+    }
+}
+
+impl Host {
+    /// What each control group outside of `except` holds without clean page cache: those directly below the root, or
+    /// where they have groups of their own, these. At most [`GROUPS`] are looked at, which takes some milliseconds.
+    #[must_use]
+    pub fn held_by_groups(&self, except: &str) -> Vec<(ControlGroup, Bytes)> {
+        let mut found = Vec::new();
+        for top in self.groups_in("").into_iter().filter(|top| top.0 != except) {
+            let below = self.groups_in(&top.0);
+            found.extend(if below.is_empty() { vec![top] } else { below });
+        }
+        found.truncate(GROUPS);
+        let held = |group: ControlGroup| {
+            let held = self.group_memory(&group).ok()?.private;
+            Some((group, held))
+        };
+        found.into_iter().filter_map(held).collect()
+    }
+
+    /// The groups directly below one, by its path; empty for the root.
+    fn groups_in(&self, path: &str) -> Vec<ControlGroup> {
+        let entries = std::fs::read_dir(self.path(&format!("{MOUNT}{path}"))).into_iter().flatten().flatten();
+        let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        let names = directories.filter_map(|entry| entry.file_name().into_string().ok());
+        names.take(GROUPS).map(|name| ControlGroup(format!("{path}/{name}"))).collect()
     }
 }
 

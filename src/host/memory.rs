@@ -1,5 +1,7 @@
 //! Memory of the whole machine.
 
+use std::path::PathBuf;
+
 use super::{Host, HostError};
 use crate::bytes::{Bytes, KIB};
 use crate::ledger::Memory;
@@ -9,6 +11,12 @@ const BUDDYINFO: &str = "/proc/buddyinfo";
 const ARCSTATS: &str = "/proc/spl/kstat/zfs/arcstats";
 
 impl Host {
+    /// The file of the machine's memory, for who has to look at it without this crate's comforts.
+    #[must_use]
+    pub fn meminfo_file(&self) -> PathBuf {
+        self.path(MEMINFO)
+    }
+
     /// Memory and swap as /proc/meminfo has them, corrected where MemAvailable lies: free memory
     /// of the contiguous allocator (CmaFree) takes only movable pages and is no room for a model,
     /// and what the cache of ZFS would give back is not counted as available.

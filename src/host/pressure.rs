@@ -1,5 +1,7 @@
 //! Pressure stall information (PSI).
 
+use std::path::PathBuf;
+
 use nix::libc;
 use procfs::{FromRead, MemoryPressure};
 
@@ -17,11 +19,19 @@ pub struct Stall {
     pub full: u64,
 }
 
+const MACHINE: &str = "/proc/pressure/memory";
+
 impl Host {
+    /// The file of the machine's memory pressure, to be woken by.
+    #[must_use]
+    pub fn pressure_file(&self) -> PathBuf {
+        self.path(MACHINE)
+    }
+
     /// Memory pressure of the machine; `None` when the kernel has no PSI or it is off (`psi=1` on
     /// the kernel's command line turns it on).
     pub fn memory_pressure(&self) -> Result<Option<Stall>, HostError> {
-        self.stall("/proc/pressure/memory")
+        self.stall(MACHINE)
     }
 
     /// Memory pressure of one control group; `None` as above.

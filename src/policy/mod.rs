@@ -7,6 +7,7 @@
 pub mod core;
 pub mod decision;
 pub mod evict;
+pub mod last_resort;
 pub mod limits;
 pub mod peaks;
 pub mod plan;
@@ -17,6 +18,7 @@ pub mod verdict;
 
 pub use self::core::{Action, ActionId, Core, Event, Outcome, Saved};
 pub use decision::{Decision, Verdict};
+pub use last_resort::{LastResort, last_resort};
 pub use limits::{Limits, limits};
 pub use peaks::Peaks;
 pub use plan::{Plan, Planned, Step, StopReason, Wait, plan};

@@ -93,11 +93,21 @@ pub fn programs(given: Option<&Path>, profile: &str) -> Result<PathBuf> {
 
 /// Builds the two programs; returns the directory that holds them.
 pub fn build(profile: &str) -> Result<PathBuf> {
-    let root = host::source_root();
     crate::man::generate()?;
+    cargo_build("plimsoll", "--bins", profile)
+}
+
+/// The program that strains memory, for the virtual machine.
+pub fn build_strain(profile: &str) -> Result<PathBuf> {
+    Ok(cargo_build("xtask", "--bin=strain", profile)?.join("strain"))
+}
+
+/// Where the programs are that were built.
+fn cargo_build(package: &str, what: &str, profile: &str) -> Result<PathBuf> {
+    let root = host::source_root();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.current_dir(&root).args(["build", "--quiet", "--locked", "--package", "plimsoll", "--bins"]);
+    command.current_dir(&root).args(["build", "--quiet", "--locked", "--package", package, what]);
     host::run(command.args(["--profile", profile]))?;
     let directory = if profile == "dev" { "debug" } else { profile };
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);

@@ -1,8 +1,10 @@
 //! A guest with the project's package in it, and what scenarios and the demonstration do with it.
 
+use crate::install;
 use crate::models::gguf::shard_path;
 use crate::vm::{Guest, guest::Output};
 use anyhow::{Context, Result, ensure};
+use plimsoll::bytes::Bytes;
 use plimsoll::daemon::report::{Decision, Model, Status};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -200,6 +202,25 @@ impl Lab {
         ensure!(self.state(instance)? == "failed", "llm@{instance} is not failed:\n{shown}");
         ensure!(self.property(instance, "NRestarts")? == "0", "llm@{instance} was restarted:\n{shown}");
         Ok(shown)
+    }
+
+    /// Where the program is that strains memory.
+    pub const STRAIN: &'static str = "/usr/local/bin/strain";
+
+    /// Builds the program that strains memory (`src/bin/strain.rs`) and copies it into the guest, once.
+    pub fn bring_strain(&self) -> Result<()> {
+        if self.guest.run(&format!("test -x {}", Self::STRAIN))?.code == 0 {
+            return Ok(());
+        }
+        let program = install::build_strain(&self.profile)?;
+        self.guest.copy_in(&program, Self::STRAIN)?;
+        self.guest.ok(&format!("chmod 0755 {0} && sync {0}", Self::STRAIN)).map(|_| ())
+    }
+
+    /// MemAvailable.
+    pub fn available(&self) -> Result<Bytes> {
+        let kib = self.guest.ok("sync; awk '/^MemAvailable:/ {print $2}' /proc/meminfo")?;
+        Ok(Bytes(kib.parse::<u64>()? * 1024))
     }
 
     /// The daemon's main process.

@@ -107,12 +107,12 @@ fn pressure(snapshot: &Snapshot) -> Finding {
         Pressure::On => Finding::ok("pressure", "the kernel tells memory pressure (PSI)"),
         Pressure::Off => Finding::problem(
             "pressure",
-            "pressure stall information (PSI) is turned off",
+            "pressure stall information (PSI) is turned off: memory is watched by its level alone",
             on_kernel_line(snapshot, "psi=1"),
         ),
         Pressure::Missing => Finding::problem(
             "pressure",
-            "the kernel has no pressure stall information (PSI)",
+            "the kernel has no pressure stall information (PSI): memory is watched by its level alone",
             format!(
                 "{}; if that changes nothing, take a kernel that is built with CONFIG_PSI=y",
                 on_kernel_line(snapshot, "psi=1")

@@ -12,8 +12,9 @@ use super::page_cache::PageCache;
 use super::store::Files;
 use super::swap::Order;
 use super::units::Units;
-use crate::action::kernel;
 use crate::action::systemd::{Systemd, SystemdError};
+use crate::action::{cgroup, kernel};
+use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::host::{ControlGroup, Host};
 use crate::ledger::{FileId, UnitState};
@@ -24,6 +25,8 @@ use crate::policy::core::Effect;
 const STOP: Duration = Duration::from_secs(90);
 /// What systemd itself needs beyond its own limit, to kill and to clean up.
 const SLACK: Duration = Duration::from_secs(15);
+/// How long reclaiming may go on; a step of it that is under way is not cut short.
+const RECLAIM: Duration = Duration::from_secs(10);
 
 /// The means to do it.
 #[derive(Clone)]
@@ -57,8 +60,8 @@ impl Effects {
             Effect::Stop(instance) => self.stop(&instance).await,
             Effect::Start(instance) => self.start(&instance).await,
             Effect::Limit(instance, limits) => self.limit(&instance, limits).await,
-            Effect::Reclaim(..) => Err("taking memory back is not implemented yet".to_owned()),
-            Effect::Kill(..) => Err("killing a unit is not implemented yet".to_owned()),
+            Effect::Reclaim(instance, bytes) => self.reclaim(&instance, bytes).await,
+            Effect::Kill(instance) => self.kill(&instance).await,
             Effect::AskActivity(instances) => {
                 self.ask_activity(&instances).await;
                 Ok(())
@@ -110,6 +113,27 @@ impl Effects {
         // Its weights may have stayed behind as page cache.
         let _ = tokio::task::spawn_blocking(move || survey()).await;
         outcome
+    }
+
+    /// Takes memory back from a unit, in steps, on a thread that may block.
+    async fn reclaim(&self, instance: &Instance, bytes: Bytes) -> Result<(), String> {
+        let failed =
+            |why: &dyn std::fmt::Display| format!("nothing can be taken back from {instance}: {why}");
+        let group = self.group(instance).ok_or_else(|| failed(&"it does not run"))?;
+        let taken = tokio::task::spawn_blocking(move || cgroup::reclaim_bytes(&group, bytes, RECLAIM)).await;
+        let taken = taken.map_err(|error| failed(&error))?.map_err(|error| failed(&error))?;
+        tracing::info!("{} of {bytes} taken back from {instance}", taken.before - taken.after);
+        Ok(())
+    }
+
+    /// Kills a unit's processes at once, and has the unit stopped.
+    async fn kill(&self, instance: &Instance) -> Result<(), String> {
+        if let Some(group) = self.group(instance) {
+            // It returns at once, and needs neither bus nor systemd.
+            cgroup::kill(&group).map_err(|error| format!("{instance} can't be killed: {error}"))?;
+        }
+        // Restart= would start it again.
+        self.stop(instance).await
     }
 
     async fn start(&self, instance: &Instance) -> Result<(), String> {

@@ -5,6 +5,8 @@ mod effects;
 mod gate;
 mod page_cache;
 mod ports;
+mod sensing;
+mod standby;
 mod store;
 mod swap;
 mod units;

@@ -7,6 +7,7 @@
 mod activity;
 mod admission;
 mod expire;
+mod killed;
 mod restore;
 mod swap;
 mod sync;
@@ -60,6 +61,13 @@ pub enum Event {
     Pin(ModelName, bool),
     /// Engines were asked for somebody who wants to see what they do.
     Heard(BTreeSet<Instance>),
+    /// The last rung has killed a model's processes.
+    Killed {
+        /// Which.
+        instance: Instance,
+        /// What memory was left then.
+        available: Bytes,
+    },
     /// Time has passed, or something about the machine or a unit has changed.
     Tick,
 }
@@ -363,6 +371,7 @@ impl Core {
             Event::Unwanted(instance) => self.owed.retain(|owed| owed.instance != instance),
             Event::Pin(model, pinned) => self.pin(model, pinned),
             Event::Heard(of) => self.heard(&of, now),
+            Event::Killed { instance, available } => self.killed(instance, available, now, &mut out),
             Event::Tick => {}
         }
         self.introduce(now, &mut out);

@@ -1,0 +1,97 @@
+//! Who is killed, and when, if the loop itself does not act: what the last rung of the ladder is told beforehand.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+
+use super::request::{Mode, Rules};
+use crate::bytes::Bytes;
+use crate::config::Instance;
+use crate::ledger::{Machine, Phase, Reservation};
+
+/// A model that holds less than this is not worth killing: memory is as short afterwards.
+const WORTHWHILE: Bytes = Bytes::mib(16);
+
+/// What is done when nothing else is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LastResort {
+    /// Memory is short enough for it to be watched all the time.
+    pub near: bool,
+    /// Available memory below which it is, though the loop looks at it when it means to.
+    pub below: Bytes,
+    /// The same when the loop does not.
+    pub alone: Bytes,
+    /// Who goes, in this order, and what each would give back.
+    pub victims: Vec<(Instance, Bytes)>,
+}
+
+/// What the last rung stands by with; none where nothing is to be done.
+///
+/// It is near once the reserve is being used up, and acts where the machine is in danger (the last eighth), which the
+/// loop has met long before; where the loop does not move, at half of it, as the loop would have.
+/// First goes who is on the way out already, and gives back soonest; then by priority, and among equals who was used
+/// least recently. Pinned models come last: they too are better lost than whatever the kernel would choose.
+#[must_use]
+pub fn last_resort(
+    holders: &BTreeMap<Instance, Reservation>,
+    machine: &Machine,
+    rules: &Rules,
+) -> Option<LastResort> {
+    if rules.mode == Mode::Observe {
+        return None;
+    }
+    let mut order: Vec<(&Instance, &Reservation, Bytes)> = holders
+        .iter()
+        .map(|(instance, r)| {
+            (instance, r, r.measured.unreclaimable() + r.measured.gpus.iter().copied().sum())
+        })
+        .filter(|(_, r, frees)| r.phase != Phase::Preparing && *frees >= WORTHWHILE)
+        .collect();
+    order.sort_by_key(|(_, r, frees)| {
+        (r.phase != Phase::Stopping, r.pinned, r.priority, r.last_used, Reverse(*frees))
+    });
+    if order.is_empty() {
+        return None;
+    }
+    let victims = order.into_iter().map(|(instance, _, frees)| (instance.clone(), frees)).collect();
+    let near = machine.memory.available < rules.reserve;
+    Some(LastResort { near, below: rules.reserve.mul_div(1, 8), alone: rules.reserve.mul_div(1, 2), victims })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::{Footprint, Measured};
+
+    fn holder(priority: u8, last_used: u64, mib: u64) -> Reservation {
+        let measured = Measured { private: Bytes::mib(mib), ..Measured::default() };
+        Reservation { priority, last_used, measured, ..Reservation::for_test(Footprint::default()) }
+    }
+
+    fn machine(available: Bytes) -> Machine {
+        let mut machine = Machine::default();
+        machine.memory.available = available;
+        machine
+    }
+
+    #[test]
+    fn least_harm_goes_first_and_the_pinned_last() {
+        let mut holders: BTreeMap<Instance, Reservation> = BTreeMap::new();
+        let mut add = |name: &str, reservation| holders.insert(name.parse().unwrap(), reservation);
+        add("tiny", holder(0, 0, 1));
+        add("low-fresh", holder(10, 9, 500));
+        add("low-old", holder(10, 5, 500));
+        add("high", holder(90, 0, 500));
+        add("pinned", Reservation { pinned: true, ..holder(1, 0, 500) });
+        add("going", Reservation { phase: Phase::Stopping, ..holder(95, 9, 500) });
+        add("coming", Reservation { phase: Phase::Preparing, ..holder(1, 0, 500) });
+        let rules = Rules { reserve: Bytes::gib(4), ..Rules::default() };
+        let last = last_resort(&holders, &machine(Bytes::gib(3)), &rules).unwrap();
+        let names: Vec<String> = last.victims.iter().map(|(instance, _)| instance.to_string()).collect();
+        assert_eq!(names, ["going", "low-old", "low-fresh", "high", "pinned"]);
+        assert_eq!((last.near, last.below, last.alone), (true, Bytes::mib(512), Bytes::gib(2)));
+        assert!(!last_resort(&holders, &machine(Bytes::gib(4)), &rules).unwrap().near, "memory is not short");
+        assert_eq!(last_resort(&BTreeMap::new(), &machine(Bytes::ZERO), &rules), None, "nobody can go");
+        let observing = Rules { mode: Mode::Observe, ..rules };
+        assert_eq!(last_resort(&holders, &machine(Bytes::ZERO), &observing), None);
+    }
+}
