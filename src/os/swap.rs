@@ -20,7 +20,9 @@ fn outcome(result: libc::c_int) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Uses a file as swap, with a lower priority than all that is in use already.
+/// Uses a file as swap, with no priority of its own: below every area that was given one (zram generators do), and behind
+/// those without one that are in use already. The newest kernels have all of those without one take turns; no call can put an
+/// area below them.
 ///
 /// # Errors
 /// EINVAL: the file system can't hold it (holes, copy-on-write); EBUSY: it is in use already.
