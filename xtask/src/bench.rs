@@ -3,12 +3,13 @@
 mod bus;
 mod fit;
 mod peers;
+mod swapfiles;
 
 use crate::lab::{Config, Lab};
 use crate::models::{self, deepseek};
 use crate::vm::{Guest, ImageOptions, Machine, MachineOptions, image::Image};
 use crate::{deb, host, install};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use plimsoll::bytes::Bytes;
 use plimsoll::config::Instance;
 use plimsoll::ledger::{
@@ -27,6 +28,13 @@ pub struct BenchOptions {
     /// Leave out what needs the virtual machine
     #[arg(long)]
     pub no_vm: bool,
+    /// Only the parts with this in their name; may be repeated. Here: header, estimates, planner, plans. In
+    /// the virtual machine: daemon, swapfiles
+    #[arg(long, value_name = "PATTERN")]
+    pub only: Vec<String>,
+    /// Take plimsoll and plimsolld from this directory instead of building a release of them
+    #[arg(long, value_name = "DIR")]
+    pub programs: Option<PathBuf>,
     /// How to boot
     #[command(flatten)]
     pub machine: MachineOptions,
@@ -35,9 +43,21 @@ pub struct BenchOptions {
     pub image: ImageOptions,
 }
 
-/// Runs all of them; an unoptimised build starts an optimised one of itself.
+/// The parts, in their order.
+const PARTS: [&str; 6] = ["header", "estimates", "planner", "plans", "daemon", "swapfiles"];
+/// So many of them need no virtual machine.
+const HERE: usize = 4;
+
+/// Runs all that are wanted; an unoptimised build starts an optimised one of itself.
 pub fn bench(options: &BenchOptions) -> Result<()> {
-    if cfg!(debug_assertions) {
+    let any = |name: &str| {
+        options.only.is_empty() || options.only.iter().any(|pattern| name.contains(pattern.as_str()))
+    };
+    ensure!(PARTS.into_iter().any(any), "no part has that in its name: there are {}", PARTS.join(", "));
+    let wanted = |name: &str| any(name) && !(options.no_vm && PARTS[HERE..].contains(&name));
+    // Whatever runs in the virtual machine is not this program.
+    let here = PARTS[..HERE].iter().any(|name| wanted(name));
+    if cfg!(debug_assertions) && here {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(cargo);
         command.current_dir(host::source_root()).args([
@@ -50,15 +70,34 @@ pub fn bench(options: &BenchOptions) -> Result<()> {
         ]);
         return host::run(command.args(std::env::args_os().skip(1)));
     }
-    let programs = install::build("release")?;
-    let header = large_header(&programs)?;
-    fit::estimates()?;
-    planner(1000)?;
-    bus::plans(&programs)?;
-    if !options.no_vm {
-        in_the_machine(options, &header)?;
+    let programs = install::programs(options.programs.as_deref(), "release")?;
+    let mut header = None;
+    if wanted("header") || wanted("daemon") {
+        header = Some(large_header(&programs)?);
+    }
+    if wanted("estimates") {
+        fit::estimates()?;
+    }
+    if wanted("planner") {
+        planner(1000)?;
+    }
+    if wanted("plans") {
+        bus::plans(&programs)?;
+    }
+    if let Some(header) = header.filter(|_| wanted("daemon")) {
+        in_the_machine(options, &programs, &header)?;
+    }
+    if wanted("swapfiles") {
+        swapfiles::bench(options, &programs)?;
     }
     Ok(())
+}
+
+/// A guest of these options with the package in it, and a disk of models.
+fn boot(options: &BenchOptions, programs: &Path, machine: &MachineOptions, disk: &Path) -> Result<Lab> {
+    let package = deb::pack(programs, "")?;
+    let image = Image::ensure(&options.image)?;
+    Lab::new(Guest::connect(Machine::start(&image, disk, machine)?)?, package, "release")
 }
 
 /// The middle of several timings.
@@ -87,7 +126,7 @@ fn large_header(programs: &Path) -> Result<PathBuf> {
         command.arg("fit").arg(&first).args(["-c", "16384", "--ram", "128GiB", "--gpu", "none", "--json"]);
         // A verdict other than "fits" may show in the exit code: the time is what counts.
         let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status()?;
-        anyhow::ensure!(status.code().is_some_and(|code| code != 1 && code != 2), "plimsoll fit: {status}");
+        ensure!(status.code().is_some_and(|code| code != 1 && code != 2), "plimsoll fit: {status}");
         Ok(())
     })?;
     println!("plimsoll fit, four shards of together {} GB: {:.1} ms", bytes / 1_000_000_000, millis(took));
@@ -169,12 +208,8 @@ fn planner(count: u64) -> Result<()> {
     Ok(())
 }
 
-fn in_the_machine(options: &BenchOptions, header: &Path) -> Result<()> {
-    let package = deb::build("release", "")?;
-    let image = Image::ensure(&options.image)?;
-    let disk = models::ensure_disk()?;
-    let lab =
-        Lab::new(Guest::connect(Machine::start(&image, &disk, &options.machine)?)?, package, "release")?;
+fn in_the_machine(options: &BenchOptions, programs: &Path, header: &Path) -> Result<()> {
+    let lab = boot(options, programs, &options.machine, &models::ensure_disk()?)?;
     lab.configure(&[Config::new("small", 8001)])?;
     lab.serve("small", 8001)?;
     idle(&lab)?;

@@ -22,14 +22,17 @@ pub struct MachineOptions {
     /// Memory of the guest in MiB
     #[arg(long, default_value_t = 2048, value_name = "MIB")]
     pub memory: u32,
-    /// Limit the model disk to this many bytes a second
+    /// Limit the disks to this many bytes a second, together
     #[arg(long, value_name = "BYTES")]
     pub disk_rate: Option<u64>,
+    /// Further disks, blank, of so many bytes each
+    #[arg(skip)]
+    pub blank: Vec<u64>,
 }
 
 impl Default for MachineOptions {
     fn default() -> Self {
-        MachineOptions { kvm: false, memory: 2048, disk_rate: None }
+        MachineOptions { kvm: false, memory: 2048, disk_rate: None, blank: Vec::new() }
     }
 }
 
@@ -39,6 +42,7 @@ pub struct Machine {
     child: Child,
     /// Short-lived sockets; removed with the machine.
     pub runtime: PathBuf,
+    blank: Vec<PathBuf>,
     /// The serial console's log, which stays.
     pub console: PathBuf,
     /// Port of 127.0.0.1 that reaches the guest's ssh.
@@ -73,10 +77,22 @@ impl Machine {
         for (guest, here) in &forwarded {
             network.push_str(&format!(",hostfwd=tcp:127.0.0.1:{here}-:{guest}"));
         }
-        let mut model_drive =
-            format!("file={},format=raw,if=virtio,snapshot=on,cache=unsafe", models.display());
-        if let Some(rate) = options.disk_rate {
-            model_drive.push_str(&format!(",throttling.bps-total={rate}"));
+        // One group: as if all of them were on one disk.
+        let throttle = options
+            .disk_rate
+            .map(|rate| format!(",throttling.bps-total={rate},throttling.group=disk"))
+            .unwrap_or_default();
+        let mut drives: Vec<String> = [image.root().as_path(), models]
+            .map(|path| {
+                format!("file={},format=raw,if=virtio,snapshot=on,cache=unsafe{throttle}", path.display())
+            })
+            .into();
+        let mut blank = Vec::new();
+        for (n, bytes) in options.blank.iter().enumerate() {
+            let path = logs.join(format!("blank-{id}-{n}.img"));
+            fs::File::create(&path)?.set_len(*bytes)?;
+            drives.push(format!("file={},format=raw,if=virtio,cache=unsafe", path.display()));
+            blank.push(path);
         }
         let qemu = qemu()?;
         // The kernel kills QEMU when we die, however we die.
@@ -91,16 +107,15 @@ impl Machine {
         command.args(["-machine", "q35", "-smp", "2", "-m", &options.memory.to_string()]);
         command.arg("-kernel").arg(image.kernel()).arg("-initrd").arg(image.initrd());
         command.args(["-append", "root=/dev/vda rw console=ttyS0 psi=1 panic=-1 loglevel=5 mitigations=off"]);
-        command.arg("-drive");
-        command.arg(format!("file={},format=raw,if=virtio,snapshot=on,cache=unsafe", image.root().display()));
-        command.args(["-drive", &model_drive, "-netdev", &network]);
+        command.args(drives.iter().flat_map(|drive| ["-drive", drive]));
+        command.args(["-netdev", &network]);
         command.args(["-device", "virtio-net-pci,netdev=net,romfile=", "-device", "virtio-rng-pci"]);
         command.arg("-serial").arg(format!("file:{}", console.display()));
         command.arg("-qmp").arg(format!("unix:{}/qmp,server=on,wait=off", runtime.display()));
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command.stderr(fs::File::create(runtime.join("qemu.log"))?);
         let child = command.spawn().with_context(|| format!("cannot start {}", host::describe(&command)))?;
-        Ok(Machine { child, runtime, console, ssh_port, forwarded, image: image.clone() })
+        Ok(Machine { child, runtime, blank, console, ssh_port, forwarded, image: image.clone() })
     }
 
     /// The port of 127.0.0.1 that reaches the guest's `port`.
@@ -155,6 +170,9 @@ impl Drop for Machine {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = fs::remove_dir_all(&self.runtime);
+        for path in &self.blank {
+            let _ = fs::remove_file(path);
+        }
     }
 }
 
