@@ -10,7 +10,7 @@ use super::output::{self, Align, Painter, Style, Table, gib, wrap};
 use super::verbs::{age, verdict_style};
 use crate::bytes::Bytes;
 use crate::dbus::CallError;
-use crate::dbus::report::{Classes, Decision, Lease, Model, Quarantined, Status};
+use crate::dbus::report::{Classes, Decision, Lease, Model, Pressure, Quarantined, Status};
 
 /// How many decisions the overview shows.
 const DECISIONS: usize = 5;
@@ -80,6 +80,7 @@ fn overview(status: &Status, painter: Painter) -> String {
     let mode = if status.mode == "enforce" { Style::Plain } else { Style::Yellow };
     let _ = writeln!(out, "plimsolld {}, mode {}\n", status.version, painter.paint(mode, &status.mode));
     out.push_str(&pools(status, painter));
+    out.push_str(&pressure(&status.pressure, painter));
 
     let (shown, quiet): (Vec<&Model>, Vec<&Model>) =
         status.models.iter().partition(|m| m.state != "inactive");
@@ -137,6 +138,24 @@ fn overview(status: &Status, painter: Painter) -> String {
     }
     for problem in &status.problems {
         let _ = writeln!(out, "\n{} {problem}", painter.paint(Style::Red, "configuration:"));
+    }
+    out
+}
+
+/// The level of memory where it is short, and what was done last about it; nothing on a machine that never was.
+fn pressure(pressure: &Pressure, painter: Painter) -> String {
+    let mut out = String::new();
+    if !matches!(pressure.level.as_str(), "" | "calm") {
+        let style = if pressure.level == "attention" { Style::Yellow } else { Style::Red };
+        let level = painter.paint(style, &pressure.level);
+        let falling = match pressure.falling_bytes {
+            Bytes::ZERO => String::new(),
+            rate => format!(", {rate} less each second"),
+        };
+        let _ = writeln!(out, "Pressure: {level}, {} of memory left{falling}", pressure.headroom_bytes);
+    }
+    if let Some(last) = &pressure.last {
+        out.push_str(&wrap(&format!("Last relief{}: {}", age(last.at_msec), last.text), 2));
     }
     out
 }
@@ -425,6 +444,7 @@ mod tests {
                 Model { pinned: true, requests: Some(2), ..model("glm-flash", "running") },
                 model("deepseek", "inactive"),
             ],
+            pressure: Pressure::default(),
             quarantined: Vec::new(),
             decisions: vec![Decision {
                 kind: "refuse".into(),
@@ -459,6 +479,24 @@ mod tests {
         };
         let text = overview(&Status { quarantined: vec![leak], ..sample() }, Painter::plain());
         assert!(text.contains("glm-flash did not return 35.0 GiB of card0 when it stopped"), "{text}");
+    }
+
+    #[test]
+    fn the_level_is_shown_where_memory_is_short_and_the_last_relief_after_that() {
+        let last = Decision { kind: "relieve".into(), text: "low is stopped".into(), ..Decision::default() };
+        let short = Pressure {
+            level: "act".into(),
+            headroom_bytes: Bytes::gib(2),
+            falling_bytes: Bytes::mib(200),
+            last: Some(last.clone()),
+            ..Pressure::default()
+        };
+        let text = overview(&Status { pressure: short, ..sample() }, Painter::plain());
+        assert!(text.contains("Pressure: act, 2.0 GiB of memory left, 0.2 GiB less each second\n"), "{text}");
+        assert!(text.contains("Last relief: low is stopped"), "{text}");
+        let calm = Pressure { level: "calm".into(), last: Some(last), ..Pressure::default() };
+        let text = overview(&Status { pressure: calm, ..sample() }, Painter::plain());
+        assert!(!text.contains("Pressure:") && text.contains("Last relief"), "{text}");
     }
 
     #[test]

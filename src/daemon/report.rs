@@ -19,6 +19,8 @@ pub struct Status {
     pub pools: Vec<Pool>,
     /// Swap of the machine.
     pub swap: Swap,
+    /// How short memory is.
+    pub pressure: Pressure,
     /// Every configured model, and every instance that runs.
     pub models: Vec<Model>,
     /// Memory that models did not return when they stopped, of the last day: it counts as the system's.
@@ -45,6 +47,24 @@ pub struct Turns {
     pub longest_usec: u64,
     /// The longest that it was late when it had itself woken, whatever held it up; microseconds.
     pub latest_usec: u64,
+}
+
+/// How short memory is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Pressure {
+    /// `calm`, `attention`, `act`, `critical`.
+    pub level: String,
+    /// Available memory without the mapped weights of running models.
+    pub headroom_bytes: Bytes,
+    /// How fast it goes down, beyond what models were promised; bytes per second.
+    pub falling_bytes: Bytes,
+    /// The share of the time in which some task waits for memory, per mille; absent without PSI.
+    pub some_permille: Option<u16>,
+    /// The share of the time in which all tasks do, per mille; absent without PSI.
+    pub full_permille: Option<u16>,
+    /// What was done last to keep the machine afloat, where anything was.
+    pub last: Option<Decision>,
 }
 
 /// A pool of memory.

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::leases::Leases;
 use super::report::{
-    Basis as Correction, Classes, Decision as Shown, Lease, Model, Pool as PoolReport, Quarantined, Status,
-    Swap, SwapArea,
+    Basis as Correction, Classes, Decision as Shown, Lease, Model, Pool as PoolReport, Pressure, Quarantined,
+    Status, Swap, SwapArea,
 };
 use crate::bytes::Bytes;
 use crate::config::{Instance, ModelName};
@@ -68,12 +68,27 @@ pub(super) fn status(
             room_bytes: machine.swap_room,
             areas: machine.swaps.iter().map(swap_area).collect(),
         },
+        pressure: pressure(core, machine),
         models: instances(core, machine, models, now),
         quarantined: core.leaks().iter().map(|leak| quarantined(leak, machine)).collect(),
         leases: self::leases(core, machine, leases),
         decisions: core.decisions().rev().take(SHOWN).map(shown).collect(),
         problems,
         ..Status::default()
+    }
+}
+
+fn pressure(core: &Core, machine: &Machine) -> Pressure {
+    let (level, gauge) = core.gauge(machine);
+    let level = serde_json::to_value(level).ok().and_then(|word| word.as_str().map(str::to_owned));
+    let relief = core.decisions().rev().find(|decision| decision.kind == Kind::Relieve);
+    Pressure {
+        level: level.unwrap_or_default(),
+        headroom_bytes: gauge.headroom,
+        falling_bytes: gauge.falling,
+        some_permille: machine.pressure.some,
+        full_permille: machine.pressure.full,
+        last: relief.map(shown),
     }
 }
 

@@ -76,7 +76,7 @@ impl From<Fault> for Error {
                 }
                 RefusalKind::UnknownSize(_) => Kind::UnknownSize,
                 RefusalKind::NamedIsPinned(_) => Kind::Pinned,
-                RefusalKind::WaitedTooLong(_) => Kind::Busy,
+                RefusalKind::WaitedTooLong(_) | RefusalKind::Killed => Kind::Busy,
             },
             Fault::Catalog(CatalogError::NotFound(_)) => Kind::NotFound,
             Fault::Catalog(CatalogError::Config(_)) => Kind::Config,

@@ -93,6 +93,15 @@ pub struct Reservation {
     /// How long it may take to finish its requests before it is stopped for another; milliseconds.
     #[serde(default)]
     pub drain: u64,
+    /// Its anonymous memory may be swapped out.
+    #[serde(default)]
+    pub may_swap: bool,
+    /// It runs with part of its mapped weights left on disk.
+    #[serde(default)]
+    pub streams: bool,
+    /// Since when it answers; milliseconds since boot.
+    #[serde(default)]
+    pub ready: u64,
 }
 
 impl Reservation {
@@ -140,6 +149,9 @@ impl Reservation {
             ttl: None,
             reload: Bytes::ZERO,
             drain: 0,
+            may_swap: false,
+            streams: false,
+            ready: 0,
         }
     }
 }

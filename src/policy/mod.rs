@@ -11,13 +11,14 @@ pub mod last_resort;
 pub mod limits;
 pub mod peaks;
 pub mod plan;
+pub mod pressure;
 pub mod refusal;
 pub mod request;
 mod tidy;
 pub mod verdict;
 
 pub use self::core::{Action, ActionId, Core, Event, Outcome, Saved};
-pub use decision::{Decision, Verdict};
+pub use decision::{Decision, Level, Relief, Rescue, Verdict};
 pub use last_resort::{LastResort, last_resort};
 pub use limits::{Limits, limits};
 pub use peaks::Peaks;

@@ -21,6 +21,8 @@ pub enum RefusalKind {
     UnitLimit(Bytes),
     /// A model that was named to go is pinned.
     NamedIsPinned(Vec<Instance>),
+    /// It was killed just now to keep the machine afloat.
+    Killed,
     /// It waited as long as a wait may last, for these.
     WaitedTooLong(Vec<Instance>),
     /// It failed to load so often in a row, and others would have to be stopped for it again.
@@ -176,7 +178,7 @@ fn advice(scene: &Scene<'_>, kind: &RefusalKind, gone: &[usize]) -> String {
             return format!("plimsoll load {name}{}", named.concat());
         }
         RefusalKind::FailsToLoad(_) => return format!("journalctl -u {}", name.unit()),
-        RefusalKind::WontFit => {}
+        RefusalKind::WontFit | RefusalKind::Killed => {}
     }
     if let Some(rung) = request.advice.iter().find(|rung| scene.fits(rung, gone)) {
         return format!("plimsoll load {name} -c {}", rung.context);
@@ -255,6 +257,14 @@ impl fmt::Display for Refusal {
                     f,
                     "{name} was refused: it has failed to load {times} times in a row, and others would have to be \
                      stopped for it again; a start by hand tries once more; try: {}",
+                    self.advice
+                );
+            }
+            RefusalKind::Killed => {
+                return write!(
+                    f,
+                    "{name} was refused: it was killed less than a minute ago to keep the machine afloat, and comes \
+                     back when there is room; try: {}",
                     self.advice
                 );
             }

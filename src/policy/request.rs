@@ -87,6 +87,12 @@ impl Request {
             ttl: self.ttl,
             reload: self.reload,
             drain: self.drain,
+            may_swap: self.may_swap,
+            streams: self.ladder.iter().any(|whole| {
+                let (kept, all) = (rung.footprint.mapped_bytes(), whole.footprint.mapped_bytes());
+                whole.context == rung.context && kept < all
+            }),
+            ready: if phase == crate::ledger::Phase::Running { now } else { 0 },
         }
     }
 }

@@ -10,6 +10,6 @@ mod simulation;
 mod world;
 
 pub use ports::{SimCatalog, SimPorts};
-pub use scenario::{Placement, Requests, Scenario, ScenarioError, Scripted, SimModel};
-pub use simulation::Simulation;
+pub use scenario::{Eater, Placement, Requests, Scenario, ScenarioError, Scripted, SimModel};
+pub use simulation::{Evidence, Simulation};
 pub use world::{Emitted, World};

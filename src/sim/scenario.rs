@@ -51,6 +51,18 @@ pub struct SimMachine {
     /// Page cache of files that are no model's.
     #[serde(default)]
     pub cache: Bytes,
+    /// Page cache of the weights of models that nobody runs.
+    #[serde(default)]
+    pub cold: Bytes,
+    /// Swap on a disk that is there already.
+    #[serde(default)]
+    pub swap: Bytes,
+    /// Its kernel does not tell of pressure.
+    #[serde(default)]
+    pub no_psi: bool,
+    /// How fast memory can go down at most; bytes per second.
+    #[serde(default = "four_gib")]
+    pub fastest: Bytes,
     /// The page cache of the whole machine may be dropped.
     #[serde(default)]
     pub drop_all_cache: bool,
@@ -125,6 +137,12 @@ pub struct SimModel {
     /// Host memory that it takes beyond its estimate.
     #[serde(default)]
     pub takes_more: Bytes,
+    /// Its memory comes back only so many seconds after it has stopped.
+    #[serde(default)]
+    pub late_seconds: u64,
+    /// Its anonymous memory may be swapped out.
+    #[serde(default)]
+    pub batch: bool,
     /// It does not stop when it is told to.
     #[serde(default)]
     pub stuck: bool,
@@ -150,6 +168,15 @@ pub struct Scripted {
     pub system: Option<Bytes>,
     /// Somebody asks a model for something.
     pub requests: Option<Requests>,
+    /// Something that is no model takes memory from now on, in place of what did so before.
+    pub eater: Option<Eater>,
+    /// It gives all of it back.
+    #[serde(default)]
+    pub eater_ends: bool,
+    /// Tasks wait for memory from now on: some and all of them, per mille of the time.
+    pub pressure: Option<(u16, u16)>,
+    /// Others than models use this much of the first GPU from now on, beyond what they did at the start.
+    pub gpu: Option<Bytes>,
 }
 
 /// Requests to a model.
@@ -164,8 +191,22 @@ pub struct Requests {
     pub seconds: u64,
 }
 
+/// Something that takes memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Eater {
+    /// Bytes per second.
+    pub rate: Bytes,
+    /// How much it takes at most.
+    pub most: Bytes,
+}
+
 fn fifty() -> u8 {
     50
+}
+
+fn four_gib() -> Bytes {
+    Bytes::gib(4)
 }
 
 fn default_context() -> u64 {
@@ -263,7 +304,7 @@ impl Scenario {
             ttl: model.ttl_seconds.map(|s| s * 1000),
             reload: model.weights,
             drain: model.drain_seconds * 1000,
-            may_swap: false,
+            may_swap: model.batch,
             stream: model.stream,
             swap: model.swap,
             no_swapfile: None,

@@ -1,11 +1,27 @@
 //! A world and the decisions, run in virtual time.
 
-use super::scenario::{Requests, Scenario};
+use std::collections::BTreeMap;
+
+use super::scenario::{Eater, Requests, Scenario};
 use super::world::{Emitted, World};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Charges, Phase, UnitState, capacity};
+use crate::ledger::{Charges, Machine, Phase, Reservation, UnitState, capacity};
 use crate::policy::{Action, Core, Decision, Event, Saved};
+
+/// How often the daemon looks while a model runs, whether or not it was asked to; milliseconds.
+const PULSE: u64 = 30_000;
+
+/// What a relief was decided on.
+#[derive(Clone, Debug)]
+pub struct Evidence {
+    /// What was decided.
+    pub decision: Decision,
+    /// The reading that it was decided on.
+    pub machine: Machine,
+    /// The holders as read then, in the phases of just before.
+    pub holders: BTreeMap<Instance, Reservation>,
+}
 
 /// The decisions on a simulated machine; time passes as fast as it can be computed.
 #[derive(Clone, Debug)]
@@ -16,6 +32,10 @@ pub struct Simulation {
     pub core: Core,
     /// Every decision so far.
     pub decisions: Vec<Decision>,
+    /// Every relief that was begun, with what it was decided on.
+    pub reliefs: Vec<Evidence>,
+    /// How often the decisions were asked.
+    pub steps: u64,
     /// What was saved last.
     pub saved: Saved,
     /// Who was told to go, and until when at the latest.
@@ -23,6 +43,7 @@ pub struct Simulation {
     /// Breaches of the invariants; empty in a right program.
     pub breaches: Vec<String>,
     wake: Option<u64>,
+    stepped: u64,
 }
 
 impl Simulation {
@@ -35,10 +56,13 @@ impl Simulation {
             world: World::new(scenario),
             core,
             decisions: Vec::new(),
+            reliefs: Vec::new(),
+            steps: 0,
             saved: Saved::default(),
             announced: Vec::new(),
             breaches: Vec::new(),
             wake: None,
+            stepped: 0,
         }
     }
 
@@ -68,6 +92,14 @@ impl Simulation {
         self
     }
 
+    /// Something that is no model takes memory from now on: so much each second, and so much at most. None gives back
+    /// what another one took.
+    pub fn eat(&mut self, rate: Bytes, most: Bytes) -> &mut Self {
+        self.world.eat(Eater { rate, most });
+        self.step(Event::Tick);
+        self
+    }
+
     /// The daemon is killed and started again: what was not saved is forgotten.
     pub fn restart_daemon(&mut self) {
         let (rules, priorities) = (*self.core.rules(), self.world.scenario().priorities());
@@ -83,12 +115,14 @@ impl Simulation {
     pub fn run(&mut self, seconds: u64) -> &mut Self {
         let end = self.world.now() + seconds * 1000;
         loop {
-            let next = [self.world.next_time(), self.wake].into_iter().flatten().min();
+            let pulse = (!self.core.holders().is_empty()).then_some(self.stepped + PULSE);
+            let wake = self.wake.into_iter().chain(pulse).min();
+            let next = self.world.next_time().into_iter().chain(wake).min();
             let until = next.filter(|time| *time <= end).unwrap_or(end);
             let mut out = Vec::new();
             let more = self.world.advance(until, &mut out);
             self.emit(out);
-            if !more && self.wake.is_some_and(|wake| wake <= until) {
+            if !more && wake.is_some_and(|wake| wake <= until) {
                 self.wake = None;
                 self.step(Event::Tick);
             } else if !more && until == end {
@@ -109,13 +143,30 @@ impl Simulation {
     /// Hands an event to the decisions and does what they want done.
     pub fn step(&mut self, event: Event) {
         let machine = self.world.observe();
+        let before = self.core.holders().clone();
+        self.steps += 1;
+        self.stepped = self.world.now();
         let mut out = Vec::new();
-        for action in self.core.step(event, &machine, self.world.now()) {
+        let actions = self.core.step(event, &machine, self.world.now());
+        let known = |(instance, was): (Instance, Reservation)| {
+            // As it was measured just now, in the phase that it was in.
+            let phase = was.phase;
+            let now = self.core.holders().get(&instance).cloned().unwrap_or(was);
+            (instance, Reservation { phase, ..now })
+        };
+        let holders: BTreeMap<Instance, Reservation> = before.into_iter().map(known).collect();
+        for action in actions {
             match action {
                 Action::Save(saved) => self.saved = *saved,
                 Action::Perform(id, effect) => self.world.perform(id, &effect),
                 Action::Answer { ticket, answer } => self.world.answered(ticket, &answer, &mut out),
-                Action::Record(decision) => self.decisions.push(*decision),
+                Action::Record(decision) => {
+                    if decision.relief.is_some_and(|relief| relief.gained_bytes.is_none()) {
+                        let (decision, machine) = ((*decision).clone(), machine.clone());
+                        self.reliefs.push(Evidence { decision, machine, holders: holders.clone() });
+                    }
+                    self.decisions.push(*decision);
+                }
                 Action::WakeAt(time) => self.wake = Some(time),
                 Action::AboutToEvict { instance, deadline, .. } => self.announced.push((instance, deadline)),
                 Action::Progress { .. } => {}
@@ -151,6 +202,7 @@ impl Simulation {
         let room = capacity(&machine, self.core.rules().reserve, self.core.holders());
         let fixed = self.world.scenario().at.iter().all(|at| at.system.is_none())
             && self.world.scenario().models.values().all(|m| m.leaks.is_zero());
+        let fixed = fixed && !self.world.is_disturbed();
         let charged = charges.per_pool(&machine, &[], None);
         if fixed && !charged.within(&room) {
             self.breaches.push(format!("{}: promised {charged:?} of {room:?}", self.world.now()));
@@ -169,7 +221,7 @@ impl Simulation {
                 machine.swap_of_plans()
             ));
         }
-        let overrun = self.world.overrun() + self.world.swap_overrun();
+        let overrun = self.world.worst() + self.world.swap_overrun();
         if !overrun.is_zero() {
             self.breaches.push(format!("{}: {overrun} more in use than there is", self.world.now()));
         }

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use super::scenario::{Requests, Scenario, Scripted};
+use super::scenario::{Eater, Requests, Scenario, Scripted};
 use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{
-    Busy, Footprint, GpuKind, Machine, Measured, Memory, SwapArea, SwapName, SwapOwner, Unit, UnitState,
+    Busy, FileId, Footprint, GpuKind, Machine, Measured, Memory, Pressure, SwapArea, SwapName, SwapOwner,
+    Unit, UnitState,
 };
 use crate::policy::core::Effect;
 use crate::policy::{ActionId, Event, Outcome, Refusal};
@@ -32,7 +33,10 @@ pub enum Emitted {
 enum Happening {
     Asks(Instance, u64),
     Loaded(Instance, u64),
-    Stopped(Instance, Vec<ActionId>),
+    /// The end of this start of a unit, if it has not ended before.
+    Stopped(Instance, u64, Vec<ActionId>),
+    /// Memory that comes back late.
+    Returned(Bytes),
     Scripted(Scripted),
     /// So many requests of this start of a unit have ended.
     Finished(Instance, u64, u32),
@@ -59,6 +63,11 @@ struct SimUnit {
     taken: u64,
     /// What it said when it was asked last.
     busy: Option<Busy>,
+    /// What memory.reclaim has put into swap.
+    reclaimed: Bytes,
+    /// CPU time used, and since when it serves requests.
+    cpu_msec: u64,
+    busy_since: Option<u64>,
     starts: Vec<ActionId>,
 }
 
@@ -78,6 +87,17 @@ pub struct World {
     free_large: Option<Bytes>,
     /// Requests that were cut off.
     cut: u32,
+    eater: Eater,
+    eats_since: u64,
+    pressure: (u16, u16),
+    gpu: Bytes,
+    /// What models did not give back of it.
+    gpu_leaked: Bytes,
+    cold: Bytes,
+    /// More than models has changed what is in use.
+    disturbed: bool,
+    /// The most that was ever in use beyond what there is.
+    worst: Bytes,
 }
 
 impl World {
@@ -85,7 +105,8 @@ impl World {
     #[must_use]
     pub fn new(scenario: Scenario) -> Self {
         let system = scenario.machine.system;
-        let (cache, free_large) = (scenario.machine.cache, scenario.machine.free_large);
+        let (cache, cold, free_large) =
+            (scenario.machine.cache, scenario.machine.cold, scenario.machine.free_large);
         let scripted = scenario.at.clone();
         let mut world = Self {
             scenario,
@@ -100,7 +121,19 @@ impl World {
             cache,
             free_large,
             cut: 0,
+            eater: Eater::default(),
+            eats_since: 0,
+            pressure: (0, 0),
+            gpu: Bytes::ZERO,
+            gpu_leaked: Bytes::ZERO,
+            cold,
+            disturbed: false,
+            worst: Bytes::ZERO,
         };
+        if !world.scenario.machine.swap.is_zero() {
+            let (path, size) = ("/swapfile".into(), world.scenario.machine.swap);
+            world.swaps.push(SwapArea { path, size, used: Bytes::ZERO, priority: -2, active: true });
+        }
         for happening in scripted {
             world.later(happening.seconds * 1000, Happening::Scripted(happening));
         }
@@ -141,6 +174,7 @@ impl World {
             return false;
         }
         self.now = self.now.max(time);
+        self.worst = self.worst.max(self.overrun());
         if let Some(happening) = self.ahead.remove(&(time, sequence)) {
             self.happen(happening, out);
         }
@@ -178,8 +212,10 @@ impl World {
                     out.push(tick);
                 }
             }
-            Happening::Stopped(instance, ids) => {
-                self.end(&instance, UnitState::Inactive, out);
+            Happening::Stopped(instance, invocation, ids) => {
+                if self.units.get(&instance).is_none_or(|unit| unit.invocation == invocation) {
+                    self.end(&instance, UnitState::Inactive, out);
+                }
                 out.extend(ids.into_iter().map(|id| Emitted::Outcome(id, Outcome::Done)));
             }
             Happening::Scripted(scripted) => {
@@ -199,34 +235,91 @@ impl World {
                 if let Some(instance) = &scripted.crash {
                     self.end(instance, UnitState::Failed, out);
                 }
-                self.system = scripted.system.unwrap_or(self.system);
-                if let Some(requests) = &scripted.requests {
-                    self.requests(requests);
-                }
+                self.script(&scripted);
+                out.push(tick);
+            }
+            Happening::Returned(bytes) => {
+                self.leaked -= bytes;
                 out.push(tick);
             }
             Happening::Finished(instance, invocation, count) => {
                 if let Some(unit) = self.units.get_mut(&instance).filter(|u| u.invocation == invocation) {
                     unit.requests = unit.requests.saturating_sub(count);
+                    if let Some(since) = unit.busy_since.filter(|_| unit.requests == 0) {
+                        unit.cpu_msec += self.now - since;
+                        unit.busy_since = None;
+                    }
                 }
             }
             Happening::Outcome(id, outcome) => out.push(Emitted::Outcome(id, outcome)),
             Happening::SwapRemoved(name, id) => {
                 self.swaps.retain(|area| area.own() != Some(name));
+                self.read_back();
                 out.push(Emitted::Outcome(id, Outcome::Done));
             }
         }
     }
 
+    /// What happens to the machine at a time of the scenario.
+    fn script(&mut self, scripted: &Scripted) {
+        self.system = scripted.system.unwrap_or(self.system);
+        self.pressure = scripted.pressure.unwrap_or(self.pressure);
+        self.gpu = scripted.gpu.unwrap_or(self.gpu);
+        if let Some(requests) = &scripted.requests {
+            self.requests(requests);
+        }
+        self.disturbed |= scripted.system.is_some() || scripted.gpu.is_some();
+        if let Some(eater) = scripted.eater {
+            self.eat(eater);
+        }
+        if scripted.eater_ends {
+            self.eat(Eater::default());
+        }
+    }
+
+    /// Something that is no model takes memory from now on; what another one took is given back.
+    pub fn eat(&mut self, eater: Eater) {
+        self.worst = self.worst();
+        (self.eater, self.eats_since, self.disturbed) = (eater, self.now, true);
+    }
+
+    /// Tasks wait for memory from now on: some and all of them, per mille of the time.
+    pub fn stall(&mut self, some: u16, full: u16) {
+        self.pressure = (some, full);
+    }
+
+    /// Whether more than models has changed what is in use.
+    #[must_use]
+    pub fn is_disturbed(&self) -> bool {
+        self.disturbed
+    }
+
+    /// What the eater has taken.
+    #[must_use]
+    pub fn eaten(&self) -> Bytes {
+        self.eater.rate.mul_div(self.now - self.eats_since, 1000).min(self.eater.most)
+    }
+
+    /// The most that was in use beyond what there is since the start: on a real machine the kernel would have killed.
+    #[must_use]
+    pub fn worst(&self) -> Bytes {
+        self.worst.max(self.overrun())
+    }
+
     /// A process ends, whatever it was doing; what it leaks stays.
     fn end(&mut self, instance: &Instance, state: UnitState, out: &mut Vec<Emitted>) {
-        let leaks = self.scenario.models.get(&instance.model).map_or(Bytes::ZERO, |m| m.leaks);
+        let model = self.scenario.models.get(&instance.model);
+        let (leaks, late) = model.map_or((Bytes::ZERO, 0), |m| (m.leaks, m.late_seconds * 1000));
+        let returns;
         let Some(unit) = self.units.get_mut(instance) else { return };
         if unit.state.is_alive() {
             if !unit.footprint.total().is_zero() {
                 self.leaked += leaks;
+                self.gpu_leaked += if unit.footprint.gpus.is_empty() { Bytes::ZERO } else { leaks };
             }
-            unit.state = state;
+            returns = if late == 0 { Bytes::ZERO } else { unit.footprint.private };
+            self.leaked += returns;
+            (unit.state, unit.reclaimed, unit.busy_since) = (state, Bytes::ZERO, None);
             unit.footprint = Footprint::default();
             self.cut += std::mem::take(&mut unit.requests);
             (unit.taken, unit.busy) = (0, None);
@@ -234,6 +327,9 @@ impl World {
             let starts = std::mem::take(&mut unit.starts);
             out.extend(starts.into_iter().map(|id| Emitted::Outcome(id, failed.clone())));
             out.push(Emitted::Event(Event::Tick));
+            if !returns.is_zero() {
+                self.later(late, Happening::Returned(returns));
+            }
         }
     }
 
@@ -243,6 +339,9 @@ impl World {
         let Some(unit) = self.units.get_mut(of).filter(|unit| unit.state == UnitState::Active) else {
             return;
         };
+        if unit.requests == 0 && *count > 0 {
+            unit.busy_since = Some(self.now);
+        }
         unit.requests += count;
         unit.taken += u64::from(*count);
         let invocation = unit.invocation;
@@ -298,19 +397,48 @@ impl World {
             }
             return;
         }
+        let invocation = self.units.get(instance).map_or(0, |unit| unit.invocation);
         if let Some(unit) = self.units.get_mut(instance).filter(|_| alive) {
             unit.state = UnitState::Deactivating;
         }
         let after = if alive { seconds * 1000 } else { 0 };
-        self.later(after, Happening::Stopped(instance.clone(), id.into_iter().collect()));
+        self.later(after, Happening::Stopped(instance.clone(), invocation, id.into_iter().collect()));
     }
 
     /// Kills a unit, which gives back at once.
     fn kill(&mut self, instance: &Instance, id: ActionId) {
+        let invocation = self.units.get(instance).map_or(0, |unit| unit.invocation);
         if let Some(unit) = self.units.get_mut(instance).filter(|unit| unit.state.is_alive()) {
             unit.state = UnitState::Deactivating;
         }
-        self.later(KILL, Happening::Stopped(instance.clone(), vec![id]));
+        self.later(KILL, Happening::Stopped(instance.clone(), invocation, vec![id]));
+    }
+
+    /// Puts so much of a unit into swap, as far as that has room; at a gibibyte a second.
+    fn reclaim(&mut self, instance: &Instance, bytes: Bytes, id: ActionId) {
+        let room = self.swap_left();
+        let Some(unit) = self.units.get(instance) else { return };
+        let bytes = bytes.min(room).min(self.measured(instance, unit).private);
+        if let Some(unit) = self.units.get_mut(instance) {
+            unit.reclaimed += bytes;
+        }
+        self.later(bytes.mul_div(1000, Bytes::gib(1).0).0 + 1, Happening::Outcome(id, Outcome::Done));
+    }
+
+    /// What was reclaimed and has no place in swap any more is in memory again.
+    fn read_back(&mut self) {
+        let mut too_much = self.swap_overrun();
+        for unit in self.units.values_mut() {
+            let back = unit.reclaimed.min(too_much);
+            unit.reclaimed -= back;
+            too_much -= back;
+        }
+    }
+
+    /// What swap areas have room for beside what units have there.
+    fn swap_left(&self) -> Bytes {
+        let used: Bytes = self.units.iter().map(|(i, unit)| self.measured(i, unit).swapped).sum();
+        self.swaps.iter().map(|area| area.size).sum::<Bytes>() - used
     }
 
     /// Does what the decisions want done.
@@ -318,7 +446,10 @@ impl World {
         match effect {
             Effect::Start(instance) => self.start(instance, Some(id)),
             Effect::Stop(instance) => self.stop(instance, Some(id)),
-            Effect::DropCache(_) => self.later(1, Happening::Outcome(id, Outcome::Done)),
+            Effect::DropCache(_) => {
+                self.cold = Bytes::ZERO;
+                self.later(1, Happening::Outcome(id, Outcome::Done));
+            }
             Effect::AskActivity(instances) => {
                 instances.iter().for_each(|instance| self.ask_activity(instance));
                 self.later(2, Happening::Outcome(id, Outcome::Done));
@@ -329,8 +460,7 @@ impl World {
                 }
                 self.later(1, Happening::Outcome(id, Outcome::Done));
             }
-            // Nothing of it is modelled yet.
-            Effect::Reclaim(..) => self.later(1, Happening::Outcome(id, Outcome::Done)),
+            Effect::Reclaim(instance, bytes) => self.reclaim(instance, *bytes, id),
             Effect::Kill(instance) => self.kill(instance, id),
             Effect::DropAllCache => {
                 self.cache = Bytes::ZERO;
@@ -378,13 +508,14 @@ impl World {
     pub fn daemon_restarted(&mut self) {
         self.ahead.retain(|_, happening| match happening {
             Happening::Outcome(..) | Happening::SwapRemoved(..) => false,
-            Happening::Stopped(_, ids) => {
+            Happening::Stopped(_, _, ids) => {
                 ids.clear();
                 true
             }
             Happening::Asks(..)
             | Happening::Loaded(..)
             | Happening::Finished(..)
+            | Happening::Returned(_)
             | Happening::Scripted(_) => true,
         });
         for unit in self.units.values_mut() {
@@ -440,8 +571,10 @@ impl World {
                 measured.gpus.iter().enumerate().filter(|(n, _)| unified(*n)).map(|(_, b)| *b).sum();
             measured.unreclaimable() + gpus
         };
-        let used = self.system + self.leaked + self.units.iter().map(held).sum();
-        used - self.scenario.machine.memory
+        // What is no model's can be swapped out by the kernel.
+        let swap = self.swap_left();
+        let used = self.system + self.leaked + self.gpu + self.eaten() + self.units.iter().map(held).sum();
+        used - self.scenario.machine.memory - swap
     }
 
     /// What the machine shows.
@@ -450,8 +583,12 @@ impl World {
         let sim = &self.scenario.machine;
         let mut units = BTreeMap::new();
         let mut starting = Vec::new();
-        let mut used = self.system + self.leaked;
+        let mut used = self.system + self.leaked + self.eaten();
         let mut gpus = sim.gpus.clone();
+        if let Some(first) = gpus.first_mut() {
+            first.used = (first.used + self.gpu + self.gpu_leaked).min(first.total);
+            used += if first.kind == GpuKind::Unified { self.gpu } else { Bytes::ZERO };
+        }
         for (instance, unit) in &self.units {
             let measured = self.measured(instance, unit);
             used += measured.unreclaimable();
@@ -471,18 +608,61 @@ impl World {
                 invocation: unit.invocation.to_string(),
                 measured,
                 busy: unit.busy,
+                cpu_usec: (unit.cpu_msec + unit.busy_since.map_or(0, |since| self.now - since)) * 1000,
                 ..Unit::default()
             };
             units.insert(instance.clone(), reading);
         }
         let available = sim.memory - used;
         let swap_total: Bytes = self.swaps.iter().map(|area| area.size).sum();
-        let free = available - self.cache;
+        let free = available - self.cache - self.cold;
+        let cold = (FileId { device: 1, inode: 1 }, self.cold);
+        let cached = [cold].into_iter().filter(|(_, bytes)| !bytes.is_zero()).collect();
         let free_large = self.free_large;
-        let swap_free = swap_total;
+        // Pages of what is no model's go first, once there is no other way.
+        let spilled = (used - sim.memory).min(self.swap_left());
+        let swap_free = self.swap_left() - spilled;
+        let mut in_swap = swap_total - swap_free;
+        let mut swaps = self.swaps.clone();
+        for area in &mut swaps {
+            area.used = in_swap.min(area.size);
+            in_swap -= area.used;
+        }
         let memory = Memory { total: sim.memory, available, free, free_large, swap_total, swap_free };
-        let (swaps, swap_room) = (self.swaps.clone(), self.swap_room());
-        Machine { memory, gpus, units, starting, swaps, swap_room, ..Machine::default() }
+        let swap_room = self.swap_room();
+        let psi = |value: u16| (!sim.no_psi).then_some(value);
+        let waits = if spilled.is_zero() { self.pressure } else { (900, 500) };
+        let pressure = Pressure {
+            some: psi(waits.0),
+            full: psi(waits.1),
+            falling: self.falling(),
+            fastest: sim.fastest,
+        };
+        let eater = (!self.eaten().is_zero()).then(|| ("/user.slice/eater.scope".to_owned(), self.eaten()));
+        Machine {
+            memory,
+            gpus,
+            units,
+            starting,
+            cached,
+            swaps,
+            swap_room,
+            pressure,
+            eater,
+            ..Machine::default()
+        }
+    }
+
+    /// How fast available memory goes down: what eats, and what loads.
+    fn falling(&self) -> Bytes {
+        let eats = if self.eaten() < self.eater.most { self.eater.rate } else { Bytes::ZERO };
+        let loads = |(instance, unit): (&Instance, &SimUnit)| {
+            let load = self.scenario.models.get(&instance.model).map_or(0, |m| m.load_seconds);
+            let done = unit.state != UnitState::Activating || self.now - unit.loading_since >= load * 1000;
+            let all = unit.footprint.private + unit.footprint.gpus.iter().copied().sum();
+            if done { Bytes::ZERO } else { all.mul_div(1, load) }
+        };
+        eats + self.units.iter().map(loads).sum()
     }
 
     /// What a unit holds: growing evenly while it loads, all of it from then on.
@@ -499,6 +679,7 @@ impl World {
             (false, Some(high)) => anonymous.min(high),
             _ => anonymous,
         };
+        let resident = resident - unit.reclaimed.min(resident);
         Measured {
             private: resident,
             swapped: anonymous - resident,

@@ -160,6 +160,9 @@ fn planner(count: u64) -> Result<()> {
             ttl: None,
             reload: Bytes::gib(1),
             drain: 0,
+            may_swap: false,
+            streams: false,
+            ready: 0,
         };
         holders.insert(format!("model-{n}").parse().ok().context("a bad name")?, reservation);
     }

@@ -18,7 +18,7 @@ const BUSY_SHARE: u64 = 300;
 /// For how long what an engine said is good enough to decide on; milliseconds.
 const FRESH: u64 = 5000;
 /// How often one that finishes its requests is asked; milliseconds.
-const DRAIN_STEP: u64 = 700;
+pub(super) const DRAIN_STEP: u64 = 700;
 
 /// What is known of a unit's use.
 #[derive(Clone, Copy, Debug)]
@@ -45,7 +45,7 @@ impl Core {
         if stale.is_empty() { None } else { Some(self.ask_engines(stale, out)) }
     }
 
-    fn ask_engines(&mut self, of: BTreeSet<Instance>, out: &mut Vec<Action>) -> ActionId {
+    pub(super) fn ask_engines(&mut self, of: BTreeSet<Instance>, out: &mut Vec<Action>) -> ActionId {
         let id = self.perform(Effect::AskActivity(of.clone()), out);
         self.looks.insert(id, of);
         id

@@ -53,7 +53,11 @@ impl Core {
             self.unstoppable(&instance, &outcome);
             return;
         }
-        if self.looked(id, now) || self.restored(id, &outcome, now) || self.retired(id, &outcome, now) {
+        if self.looked(id, now)
+            || self.relieved(id, &outcome, now)
+            || self.restored(id, &outcome, now)
+            || self.retired(id, &outcome, now)
+        {
             return;
         }
         let Some(active) = self.active.as_mut() else { return };
@@ -86,7 +90,7 @@ impl Core {
     }
 
     /// A model that could not be stopped goes on running, and is charged for as before.
-    fn unstoppable(&mut self, instance: &Instance, outcome: &Outcome) {
+    pub(super) fn unstoppable(&mut self, instance: &Instance, outcome: &Outcome) {
         if matches!(outcome, Outcome::Failed(_))
             && let Some(reservation) = self.holders.get_mut(instance)
             && reservation.phase == Phase::Stopping
@@ -226,6 +230,13 @@ impl Core {
         }
         if self.rules.mode == Mode::Observe {
             self.observe(active, &planned, now, out);
+            return;
+        }
+        if self.is_kept_off(&active.pending.request.instance, now) && !active.pending.request.force {
+            let mut refusal = refusal_of(&active.pending.request, self.situation(machine, now));
+            refusal.kind = RefusalKind::Killed;
+            refusal.advice = format!("plimsoll load {} --force", refusal.instance);
+            self.refuse(active, Box::new(refusal), now, out);
             return;
         }
         match planned {

@@ -8,6 +8,7 @@ mod activity;
 mod admission;
 mod expire;
 mod killed;
+mod relief;
 mod restore;
 mod swap;
 mod sync;
@@ -251,6 +252,7 @@ pub struct Core {
     active: Option<Active>,
     restoring: Option<restore::Restoring>,
     retiring: swap::Retiring,
+    afloat: relief::Afloat,
     expiring: BTreeMap<ActionId, Instance>,
     activity: BTreeMap<Instance, activity::Activity>,
     /// Looks under way.
@@ -376,6 +378,7 @@ impl Core {
         }
         self.introduce(now, &mut out);
         self.proceed(machine, now, &mut out);
+        self.relieve(machine, now, &mut out);
         self.restore(machine, now, &mut out);
         self.retire(machine, now, &mut out);
         self.expire(now, &mut out);

@@ -39,7 +39,8 @@ impl Core {
         }
         // Whoever is on its way to the gate comes first: after a restart of the daemon that may be the one for which
         // others were stopped.
-        let busy = self.active.is_some() || self.is_asked() || self.is_expecting(machine);
+        let busy =
+            self.active.is_some() || self.is_asked() || self.is_expecting(machine) || self.is_sinking();
         if busy || machine.stopping || self.rules.mode == Mode::Observe || self.owed.is_empty() {
             return;
         }
@@ -54,9 +55,16 @@ impl Core {
             }
             let running = machine.units.get(&owed.instance).is_some_and(|unit| unit.state.is_alive());
             let request = self.peaks.corrected(as_request(owed));
-            if running || !fits_as_is(&request, self.situation(machine, now)) {
+            let fits = !running && fits_as_is(&request, self.situation(machine, now));
+            if owed.for_instance.is_none() {
+                let (instance, takes) = (owed.instance.clone(), owed.reservation.predicted.private);
+                if !self.may_return(&instance, takes, fits, now) {
+                    continue;
+                }
+            } else if !fits {
                 continue;
             }
+            let owed = &self.owed[n];
             let (instance, reservation) = (owed.instance.clone(), owed.reservation.clone());
             let id = self.perform(Effect::Start(instance.clone()), out);
             self.restoring = Some(Restoring { instance: instance.clone(), id, since: now });
@@ -121,7 +129,7 @@ fn as_request(owed: &super::Owed) -> Request {
         ttl: r.ttl,
         reload: r.reload,
         drain: r.drain,
-        may_swap: false,
+        may_swap: r.may_swap,
         stream: None,
         swap: None,
         no_swapfile: None,

@@ -25,7 +25,8 @@ impl Core {
     /// done and nobody is about to ask, and only when what it holds fits in memory. After a restart of the daemon
     /// who asks next may be the one that it was made for.
     pub(super) fn retire(&mut self, machine: &Machine, now: u64, out: &mut Vec<Action>) {
-        let wanted = self.active.is_some() || self.is_asked() || self.is_expecting(machine);
+        let wanted =
+            self.is_short() || self.active.is_some() || self.is_asked() || self.is_expecting(machine);
         if wanted || self.is_retiring() || machine.stopping || self.rules.mode == Mode::Observe {
             return;
         }

@@ -26,7 +26,7 @@ impl Core {
                 }
                 (Phase::Loading, UnitState::Active) => {
                     reservation.phase = Phase::Running;
-                    reservation.last_used = now;
+                    (reservation.last_used, reservation.ready) = (now, now);
                 }
                 _ => {}
             }

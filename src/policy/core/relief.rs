@@ -1,0 +1,829 @@
+//! The pressure ladder: what is done when memory runs short though nobody asked for any, least harm first.
+//!
+//! One thing at a time: the next follows when the memory of the last one is back, or its time is up. Whoever is stopped
+//! is owed a return, the later the more often it happened.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::activity::DRAIN_STEP;
+use super::{Action, ActionId, Core, Effect, Leak, Outcome, Owed};
+use crate::bytes::Bytes;
+use crate::config::Instance;
+use crate::ledger::{Basis, FileId, Machine, Phase, Pool, Reservation, SwapOwner, swapfile_bytes};
+use crate::policy::decision::{Decision, Kind, Level, Relief, Rescue, Verdict};
+use crate::policy::evict::{Candidate, Use, choose};
+use crate::policy::pressure::{self, Gauge, STOP, WAITING, beyond, gain};
+use crate::policy::request::Mode;
+
+/// How long a stop is waited for while the machine is in no danger; milliseconds.
+const PATIENCE: u64 = 20_000;
+/// The same for everything else: what takes longer is no relief.
+const OTHERS: u64 = 5000;
+/// How long the memory of what has ended may take to come back; milliseconds. In danger it is a quarter of that.
+const SETTLE: u64 = 2000;
+/// A model whose engine does not say is idle when it has used no CPU time for so long; milliseconds.
+const IDLE: u64 = 10_000;
+/// What was just loaded stays for so long after it is ready, unless the machine is in danger; milliseconds.
+const STAY: u64 = 60_000;
+/// For how long the gate refuses a killed model, which Restart= would have back at once; milliseconds.
+const KEPT_OFF: u64 = 60_000;
+/// What brought nothing is not tried again for so long; milliseconds.
+const IN_VAIN: u64 = 60_000;
+/// For how long it has to last at the rate at which it goes down, for anybody to return; milliseconds.
+const LASTS: u64 = 300_000;
+/// How long it has to be like that before; milliseconds.
+const CLEAR: u64 = 30_000;
+/// The first pause between a stop and the return; it doubles with each; milliseconds.
+const BACKOFF: u64 = 60_000;
+/// After so long without a stop that is forgotten; milliseconds.
+const FORGIVEN: u64 = 60 * 60 * 1000;
+/// How often is looked for room while somebody is owed a return; milliseconds.
+const LOOK_FOR_ROOM: u64 = 10_000;
+/// How often is looked while there is nothing to be done about it; milliseconds.
+const HELPLESS: u64 = 250;
+
+/// What the ladder remembers.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Afloat {
+    gauge: Gauge,
+    level: Level,
+    gpu_level: Level,
+    sample: Option<Sample>,
+    under_way: Option<UnderWay>,
+    /// One that was told to finish its requests, until when at the latest, and when it was asked last.
+    draining: Option<(Instance, u64, u64)>,
+    /// Since when each is being stopped, whoever wanted it.
+    stopping: BTreeMap<Instance, u64>,
+    /// What was tried or said, and until when not again.
+    not_before: BTreeMap<(Rescue, Option<Instance>), u64>,
+    /// Since when there is room for each of those who are owed a return.
+    room: BTreeMap<Instance, u64>,
+    killed: BTreeMap<Instance, u64>,
+    /// How often each was stopped, and when last.
+    stops: BTreeMap<Instance, (u32, u64)>,
+}
+
+/// What went on beyond what was promised.
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    at: u64,
+    beyond: Bytes,
+    /// Bytes per second.
+    rate: Bytes,
+    /// Over how long; milliseconds.
+    over: u64,
+}
+
+#[derive(Clone, Debug)]
+struct UnderWay {
+    id: ActionId,
+    instance: Option<Instance>,
+    relief: Relief,
+    since: u64,
+    ended: Option<u64>,
+    /// What was in use of each GPU before, and what the model held of it.
+    gpus: Vec<(Bytes, Bytes)>,
+}
+
+/// Where one is in the order of harm. Only the first three are ever stopped while the machine is in no danger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Harm {
+    Expired,
+    Idle,
+    Busy,
+    JustLoaded,
+    Pinned,
+}
+
+/// What is short.
+#[derive(Clone, Copy, Debug)]
+struct Shortage {
+    level: Level,
+    pool: Pool,
+    headroom: Bytes,
+    /// What has to come back for models to be left alone.
+    needed: Bytes,
+}
+
+impl Core {
+    /// The level, as of the last step, and what is left of memory.
+    #[must_use]
+    pub fn gauge(&self, machine: &Machine) -> (Level, Gauge) {
+        let gauge = pressure::gauge(machine, &self.holders, self.afloat.gauge.falling);
+        (self.afloat.level.max(self.afloat.gpu_level), gauge)
+    }
+
+    /// Does the next thing that keeps the machine afloat, if anything has to be done.
+    pub(super) fn relieve(&mut self, machine: &Machine, now: u64, out: &mut Vec<Action>) {
+        if self.holders.is_empty() && self.owed.is_empty() {
+            self.afloat = Afloat {
+                killed: std::mem::take(&mut self.afloat.killed),
+                stops: std::mem::take(&mut self.afloat.stops),
+                ..Afloat::default()
+            };
+            return;
+        }
+        let shortage = self.read(machine, now);
+        self.follow(machine, &shortage, now, out);
+        self.hasten(machine, &shortage, now, out);
+        if self.afloat.under_way.is_none() && !machine.stopping {
+            self.next_rescue(machine, &shortage, now, out);
+        }
+        self.look_again(machine, &shortage, now);
+    }
+
+    fn read(&mut self, machine: &Machine, now: u64) -> Shortage {
+        let reserve = self.rules.reserve;
+        let falling = self.falling(machine, now);
+        let gauge = pressure::gauge(machine, &self.holders, falling);
+        let gpu = pressure::gpu(self.afloat.gpu_level, machine, &self.holders, reserve);
+        let afloat = &mut self.afloat;
+        afloat.level = pressure::level(afloat.level, &gauge, reserve);
+        afloat.gpu_level = gpu.map_or(Level::Calm, |(_, _, level)| level);
+        afloat.gauge = gauge;
+        let holders = &self.holders;
+        let stops = |instance: &Instance| holders.get(instance).is_some_and(|r| r.phase == Phase::Stopping);
+        afloat.stopping.retain(|instance, _| stops(instance));
+        for instance in holders.keys().filter(|instance| stops(instance)) {
+            afloat.stopping.entry(instance.clone()).or_insert(now);
+        }
+        afloat.not_before.retain(|_, until| *until > now);
+        afloat.killed.retain(|_, until| *until > now);
+        let level = afloat.level;
+        match gpu {
+            Some((pool, free, gpu_level)) if gpu_level > level => {
+                let needed = pressure::left(reserve) - free;
+                Shortage { level: gpu_level, pool, headroom: free, needed }
+            }
+            _ => {
+                let needed = pressure::wanted(&gauge, reserve) - gauge.headroom;
+                Shortage { level, pool: Pool::Memory, headroom: gauge.headroom, needed }
+            }
+        }
+    }
+
+    /// How fast memory goes down beyond what was promised. What loading models take was, and so it is the growth of
+    /// the rest that counts, where that is known.
+    fn falling(&mut self, machine: &Machine, now: u64) -> Bytes {
+        let beyond = beyond(machine, &self.holders);
+        let sample = self.afloat.sample.get_or_insert(Sample { at: now, beyond, rate: Bytes::ZERO, over: 0 });
+        let over = now.saturating_sub(sample.at);
+        if over >= 40 {
+            *sample = Sample { at: now, beyond, rate: (beyond - sample.beyond).mul_div(1000, over), over };
+        }
+        let loads = self.holders.values().any(|r| r.phase == Phase::Loading);
+        let known = loads || (1..=2000).contains(&sample.over);
+        let falling = machine.pressure.falling;
+        if known { falling.min(sample.rate) } else { falling }
+    }
+
+    /// Looks how far what is under way has come.
+    fn follow(&mut self, machine: &Machine, shortage: &Shortage, now: u64, out: &mut Vec<Action>) {
+        let Some(under_way) = &self.afloat.under_way else { return };
+        let (relief, danger) = (under_way.relief, shortage.level == Level::Critical);
+        let stops = matches!(relief.rescue, Rescue::Stop | Rescue::Expire);
+        let Some(ended) = under_way.ended else {
+            let time = if stops { PATIENCE } else { OTHERS };
+            // There is no time for gentle means any more, whatever they may yet bring.
+            let gentle = matches!(relief.rescue, Rescue::DropCache | Rescue::Reclaim | Rescue::AddSwap);
+            if now >= under_way.since + time || (gentle && danger) {
+                let key = (relief.rescue, under_way.instance.clone());
+                self.afloat.not_before.insert(key, now + IN_VAIN);
+                self.afloat.under_way = None;
+            }
+            return;
+        };
+        let headroom = match relief.pool {
+            Pool::Gpu(n) => machine.gpus.get(n).map_or(Bytes::ZERO, |gpu| gpu.total - gpu.used),
+            _ => self.afloat.gauge.headroom,
+        };
+        let lost = match relief.pool {
+            Pool::Memory => relief.falling_bytes.mul_div(now.saturating_sub(under_way.since), 1000),
+            _ => Bytes::ZERO,
+        };
+        let gained = (headroom + lost) - relief.headroom_bytes;
+        let is_back = gained >= relief.expected_bytes.mul_div(19, 20);
+        let settle = if danger { SETTLE / 4 } else { SETTLE };
+        let frees = matches!(relief.rescue, Rescue::Stop | Rescue::Expire | Rescue::Kill);
+        if frees && !is_back && now < ended + settle {
+            return;
+        }
+        let Some(under_way) = self.afloat.under_way.take() else { return };
+        if gained < relief.expected_bytes.mul_div(1, 2) || !frees {
+            let key = (relief.rescue, under_way.instance.clone());
+            let helped = is_back || relief.rescue == Rescue::AddSwap;
+            self.afloat.not_before.insert(key, now + if helped { OTHERS } else { IN_VAIN });
+        }
+        self.tell_gain(&under_way, gained, now, out);
+        if frees {
+            self.quarantine(&under_way, machine, now, out);
+        }
+    }
+
+    fn tell_gain(&mut self, under_way: &UnderWay, gained: Bytes, now: u64, out: &mut Vec<Action>) {
+        let relief = Relief { gained_bytes: Some(gained), ..under_way.relief };
+        let took = now.saturating_sub(under_way.since);
+        let what = match (&under_way.instance, relief.rescue) {
+            (Some(instance), Rescue::Reclaim) => format!("taking memory back from {instance}"),
+            (Some(instance), _) => format!("{instance} is gone, which"),
+            (None, Rescue::AddSwap) => "a swapfile".to_owned(),
+            (None, _) => "dropping cold page cache".to_owned(),
+        };
+        let text = match relief.rescue {
+            Rescue::AddSwap => format!("{what} of {} is in use after {took} ms", relief.expected_bytes),
+            _ => format!("{what} brought {gained} of {} back after {took} ms", relief.expected_bytes),
+        };
+        let decision = self.relief(under_way.instance.clone(), relief, gained, text, now);
+        self.record(decision, out);
+    }
+
+    /// What a GPU that shares memory did not get back is nobody's to promise.
+    fn quarantine(&mut self, under_way: &UnderWay, machine: &Machine, now: u64, out: &mut Vec<Action>) {
+        let Some(instance) = under_way.instance.clone() else { return };
+        for (n, (before, held)) in under_way.gpus.iter().enumerate() {
+            let back = *before - machine.gpus.get(n).map_or(Bytes::ZERO, |gpu| gpu.used);
+            let missing = *held - back;
+            if missing <= held.mul_div(1, 20).max(Bytes::mib(64)) {
+                continue;
+            }
+            let leak = Leak { instance: instance.clone(), pool: Pool::Gpu(n), bytes: missing, since: now };
+            self.leaks.push(leak);
+            let text = format!("{instance} was stopped but {missing} of its GPU memory did not come back");
+            let decision = Decision {
+                kind: Kind::Quarantine,
+                relief: None,
+                ..self.relief(Some(instance.clone()), under_way.relief, missing, text, now)
+            };
+            self.record(decision, out);
+        }
+    }
+
+    /// Kills what is being stopped when the machine can't wait for its end.
+    fn hasten(&mut self, machine: &Machine, shortage: &Shortage, now: u64, out: &mut Vec<Action>) {
+        let kills = self.afloat.under_way.as_ref().is_some_and(|u| u.relief.rescue == Rescue::Kill);
+        if kills || shortage.level != Level::Critical || self.rules.mode == Mode::Observe {
+            return;
+        }
+        let gauge = self.afloat.gauge;
+        let late = |since: u64| {
+            let elapsed = now.saturating_sub(since);
+            elapsed >= STOP || gauge.is_gone_within(STOP - elapsed)
+        };
+        let worth = |instance: &Instance| {
+            let freed = gain(machine, &self.holders, shortage.pool, &[instance]);
+            freed >= self.worthwhile() && !self.was_tried(Rescue::Kill, Some(instance))
+        };
+        let overrun = self.afloat.stopping.iter().filter(|(_, since)| late(**since));
+        let most = overrun
+            .map(|(instance, since)| (instance.clone(), now - since))
+            .filter(|(instance, _)| worth(instance))
+            .max_by_key(|(instance, _)| gain(machine, &self.holders, shortage.pool, &[instance]));
+        let Some((instance, elapsed)) = most else { return };
+        let expected = gain(machine, &self.holders, shortage.pool, &[&instance]);
+        let text = format!(
+            "{instance} is killed to keep the machine afloat: {}, and it has not stopped in {elapsed} ms",
+            self.shortage_text(shortage)
+        );
+        self.take_away(instance, Rescue::Kill, expected, text, machine, shortage, now, out);
+    }
+
+    /// Chooses the next thing to do, and begins it.
+    fn next_rescue(&mut self, machine: &Machine, shortage: &Shortage, now: u64, out: &mut Vec<Action>) {
+        if self.rules.mode == Mode::Observe && self.was_tried(Rescue::Nothing, None) {
+            return;
+        }
+        if self.drop_cold_cache(machine, shortage, now, out) || shortage.level < Level::Attention {
+            return;
+        }
+        let gauge = self.afloat.gauge;
+        let in_time = shortage.level < Level::Critical && gauge.headroom > gauge.lost_within(2 * STOP);
+        if shortage.pool == Pool::Memory
+            && in_time
+            && (self.reclaim(machine, shortage, now, out) || self.add_swap(machine, shortage, now, out))
+        {
+            return;
+        }
+        if shortage.level < Level::Act {
+            self.afloat.draining = None;
+            if shortage.headroom < self.rules.reserve.mul_div(3, 4) {
+                // Their answers shall be there when they are needed.
+                self.drains_or_asks(machine, shortage, now, out);
+            }
+            return;
+        }
+        let time = if shortage.level == Level::Critical { STOP } else { PATIENCE };
+        let stopping = self.afloat.stopping.iter().filter(|(_, since)| now < **since + time);
+        let coming: Vec<&Instance> = stopping.map(|(instance, _)| instance).collect();
+        let coming_bytes = gain(machine, &self.holders, shortage.pool, &coming);
+        let alone = coming.is_empty();
+        let needed = shortage.needed - coming_bytes;
+        if needed.is_zero() {
+            return;
+        }
+        if self.drains_or_asks(machine, shortage, now, out) {
+            return;
+        }
+        match self.victim(machine, shortage, needed, now) {
+            Some((instance, Harm::Busy)) if self.drain(&instance, machine, shortage, now, out) => {}
+            Some((instance, harm)) => self.stop(instance, harm, machine, shortage, now, out),
+            None if alone => self.name_the_eater(machine, shortage, now, out),
+            None => {}
+        }
+    }
+
+    /// Cold cache counts as available, so that dropping it only helps where the kernel is too slow to do it.
+    fn drop_cold_cache(
+        &mut self,
+        machine: &Machine,
+        shortage: &Shortage,
+        now: u64,
+        out: &mut Vec<Action>,
+    ) -> bool {
+        let waits = machine.pressure.some.is_some_and(|some| some >= WAITING);
+        if !waits
+            || machine.memory.free >= self.rules.reserve.mul_div(1, 2)
+            || shortage.level == Level::Critical
+        {
+            return false;
+        }
+        let used = |file: &FileId| {
+            let mut mapped = self.holders.values().flat_map(|r| &r.predicted.mapped);
+            mapped.any(|mapped| mapped.file == *file)
+        };
+        let cold: Vec<FileId> = machine.cached.keys().filter(|file| !used(file)).copied().collect();
+        let bytes: Bytes = cold.iter().filter_map(|file| machine.cached.get(file)).copied().sum();
+        if bytes < self.worthwhile() || self.was_tried(Rescue::DropCache, None) {
+            return false;
+        }
+        let text = format!(
+            "{bytes} of cold page cache is dropped: only {} is free without, and tasks wait for memory",
+            machine.memory.free
+        );
+        self.begin_rescue(None, Rescue::DropCache, bytes, Effect::DropCache(cold), text, shortage, now, out);
+        true
+    }
+
+    /// Takes memory back from an idle model that may swap, where swap has room for it.
+    fn reclaim(&mut self, machine: &Machine, shortage: &Shortage, now: u64, out: &mut Vec<Action>) -> bool {
+        let most = self.to_calm(shortage).min(self.swap_left(machine));
+        let some = |(instance, r): (&Instance, &Reservation)| {
+            let bytes = most.min(r.measured.private.mul_div(1, 2));
+            let may =
+                self.harm(machine, instance, r, now).is_some_and(|harm| harm <= Harm::Idle) && r.may_swap;
+            let worth = bytes >= self.worthwhile() && !self.was_tried(Rescue::Reclaim, Some(instance));
+            (may && worth).then(|| (r.priority, std::cmp::Reverse(bytes), instance.clone()))
+        };
+        let Some((_, std::cmp::Reverse(bytes), instance)) = self.holders.iter().filter_map(some).min() else {
+            return false;
+        };
+        let text =
+            format!("{bytes} of {instance}, which is idle, goes into swap: {}", self.shortage_text(shortage));
+        let effect = Effect::Reclaim(instance.clone(), bytes);
+        self.begin_rescue(Some(instance), Rescue::Reclaim, bytes, effect, text, shortage, now, out);
+        true
+    }
+
+    /// Makes a swapfile for models that may swap, where there is none with room.
+    fn add_swap(&mut self, machine: &Machine, shortage: &Shortage, now: u64, out: &mut Vec<Action>) -> bool {
+        let wanted = self.to_calm(shortage);
+        let batch = self.holders.values().filter(|r| r.may_swap && r.phase == Phase::Running);
+        let could: Bytes = batch.map(|r| r.measured.private.mul_div(1, 2)).sum();
+        // Few large ones rather than many small ones.
+        let bytes = swapfile_bytes(wanted.max(self.rules.reserve * 2).min(could)).min(machine.swap_room);
+        let useless = self.was_tried(Rescue::AddSwap, None) || self.is_retiring() || self.active.is_some();
+        if useless || bytes < self.rules.reserve.mul_div(1, 2) || self.swap_left(machine) >= self.worthwhile()
+        {
+            return false;
+        }
+        let text = format!(
+            "a swapfile of {bytes} is made for models that may swap: {}",
+            self.shortage_text(shortage)
+        );
+        let effect = Effect::AddSwap(SwapOwner::Plan, bytes);
+        self.begin_rescue(None, Rescue::AddSwap, bytes, effect, text, shortage, now, out);
+        true
+    }
+
+    /// Who goes: the least harmful kind of which some suffice, and of it as few and as unimportant ones as possible.
+    /// Where nobody suffices, the least harmful one is a beginning.
+    fn victim(
+        &self,
+        machine: &Machine,
+        shortage: &Shortage,
+        needed: Bytes,
+        now: u64,
+    ) -> Option<(Instance, Harm)> {
+        let danger = shortage.level == Level::Critical;
+        let worth = |instance: &Instance| {
+            let freed = gain(machine, &self.holders, shortage.pool, &[instance]);
+            let stuck = self.was_tried(Rescue::Stop, Some(instance)) && !danger;
+            freed >= self.worthwhile() && !stuck && !self.was_tried(Rescue::Kill, Some(instance))
+        };
+        let all: Vec<(&Instance, &Reservation, Harm)> = self
+            .holders
+            .iter()
+            .filter_map(|(instance, r)| Some((instance, r, self.harm(machine, instance, r, now)?)))
+            .filter(|(instance, ..)| worth(instance))
+            .collect();
+        let candidate = |n: usize| {
+            let (instance, r, harm) = all[n];
+            let stalled = machine.units.get(instance).and_then(|unit| unit.stalled);
+            // One that only waits for its own memory is of little use to anybody.
+            let last_used = if stalled.is_some_and(|stalled| stalled >= 500) { 0 } else { r.last_used };
+            let usage = if harm == Harm::Busy { Use::Busy } else { Use::Idle };
+            Candidate { holder: n, priority: r.priority, usage, reload: r.reload, last_used }
+        };
+        let frees = |gone: &[usize]| {
+            let names: Vec<&Instance> = gone.iter().map(|n| all[*n].0).collect();
+            gain(machine, &self.holders, shortage.pool, &names)
+        };
+        let most = if danger { Harm::JustLoaded } else { Harm::Busy };
+        let mut first = None;
+        for kind in [Harm::Expired, Harm::Idle, Harm::Busy, Harm::JustLoaded] {
+            let of: Vec<Candidate> =
+                (0..all.len()).filter(|n| all[*n].2 <= kind && kind <= most).map(candidate).collect();
+            if let Some(chosen) = choose(&of, |gone| frees(gone) >= needed, |n| frees(&[n])) {
+                return chosen.first().map(|n| (all[*n].0.clone(), all[*n].2));
+            }
+            first = first.or_else(|| {
+                let least = of.iter().min_by_key(|c| (c.priority, c.reload, c.last_used))?;
+                Some((all[least.holder].0.clone(), all[least.holder].2))
+            });
+        }
+        // The last resort, and never beside another.
+        let pinned = || {
+            let of = (0..all.len()).filter(|n| all[*n].2 == Harm::Pinned && danger).map(candidate);
+            let least = of.min_by_key(|c| (c.priority, c.reload, c.last_used))?;
+            Some((all[least.holder].0.clone(), Harm::Pinned))
+        };
+        first.or_else(|| if self.afloat.stopping.is_empty() { pinned() } else { None })
+    }
+
+    /// What stopping one would be; none where it can't be stopped.
+    fn harm(&self, machine: &Machine, instance: &Instance, r: &Reservation, now: u64) -> Option<Harm> {
+        let said =
+            machine.units.get(instance).and_then(|unit| unit.busy).filter(|_| self.is_fresh(instance, now));
+        let busy = said.map_or(now < r.last_used + IDLE, |busy| busy.requests > 0);
+        match r.phase {
+            // What a lease is for is nobody's to stop here.
+            _ if instance.lease => None,
+            Phase::Preparing | Phase::Stopping => None,
+            Phase::Loading | Phase::Running if r.pinned => Some(Harm::Pinned),
+            Phase::Loading => Some(Harm::JustLoaded),
+            Phase::Running if r.expired(now) => Some(Harm::Expired),
+            Phase::Running if now < r.ready + STAY => Some(Harm::JustLoaded),
+            Phase::Running if busy => Some(Harm::Busy),
+            Phase::Running => Some(Harm::Idle),
+        }
+    }
+
+    /// Has the engines asked before anybody is chosen for what they are doing, and waits for their answers, or for one to
+    /// finish its requests, as long as there is time for it.
+    fn drains_or_asks(
+        &mut self,
+        machine: &Machine,
+        shortage: &Shortage,
+        now: u64,
+        out: &mut Vec<Action>,
+    ) -> bool {
+        let reserve = self.rules.reserve;
+        let lost = self.afloat.gauge.lost_within(STOP / 4);
+        let hurry = shortage.level == Level::Critical || shortage.headroom < reserve.mul_div(1, 4) + lost;
+        if let Some((instance, deadline, asked)) = self.afloat.draining.clone() {
+            let works = machine.units.get(&instance).is_some_and(|unit| unit.in_flight() > 0);
+            if !hurry && works && now < deadline {
+                if now >= asked + DRAIN_STEP {
+                    self.ask_engines(BTreeSet::from([instance.clone()]), out);
+                    self.afloat.draining = Some((instance, deadline, now));
+                }
+                return true;
+            }
+            // It is chosen again, unless another one will do now.
+            if works && now < deadline {
+                self.afloat.draining = None;
+            }
+        }
+        let running = self.holders.iter().filter(|(i, r)| r.phase == Phase::Running && !i.lease);
+        let stale: Vec<Instance> =
+            running.map(|(instance, _)| instance).filter(|i| !self.is_fresh(i, now)).cloned().collect();
+        let unasked: Vec<Instance> =
+            stale.iter().filter(|i| !self.looks.values().any(|of| of.contains(i))).cloned().collect();
+        self.look(unasked, now, out);
+        !hurry && !stale.is_empty()
+    }
+
+    /// Whether a busy model is given time to finish its requests before it is stopped.
+    fn drain(
+        &mut self,
+        instance: &Instance,
+        machine: &Machine,
+        shortage: &Shortage,
+        now: u64,
+        out: &mut Vec<Action>,
+    ) -> bool {
+        let drain = self.holders.get(instance).map_or(0, |r| r.drain);
+        let works = machine.units.get(instance).is_some_and(|unit| unit.in_flight() > 0);
+        let drained = self.afloat.draining.as_ref().is_some_and(|(of, ..)| of == instance);
+        if !works
+            || drain == 0
+            || drained
+            || shortage.level == Level::Critical
+            || self.rules.mode == Mode::Observe
+        {
+            self.afloat.draining = None;
+            return false;
+        }
+        let deadline = now + drain;
+        out.push(Action::AboutToEvict { instance: instance.clone(), for_instance: None, deadline });
+        self.afloat.draining = Some((instance.clone(), deadline, now));
+        true
+    }
+
+    fn stop(
+        &mut self,
+        instance: Instance,
+        harm: Harm,
+        machine: &Machine,
+        shortage: &Shortage,
+        now: u64,
+        out: &mut Vec<Action>,
+    ) {
+        let gauge = self.afloat.gauge;
+        // A stop would not be in time.
+        let at_once = shortage.level == Level::Critical && gauge.is_gone_within(STOP);
+        let rescue = match harm {
+            _ if at_once => Rescue::Kill,
+            Harm::Expired => Rescue::Expire,
+            _ => Rescue::Stop,
+        };
+        let what = match harm {
+            Harm::Expired => "idle past its ttl",
+            Harm::Idle => "idle",
+            Harm::Busy => "busy, for no idle one is enough",
+            Harm::JustLoaded => "just loaded, for nothing else is left",
+            Harm::Pinned => "pinned, for nothing else is left",
+        };
+        let expected = gain(machine, &self.holders, shortage.pool, &[&instance]);
+        let verb = if rescue == Rescue::Kill { "killed" } else { "stopped" };
+        let mut text = format!(
+            "{instance} ({what}) is {verb} to keep the machine afloat: {}, it frees {expected} of the {} needed",
+            self.shortage_text(shortage),
+            shortage.needed
+        );
+        if let Some((eater, holds)) = &machine.eater {
+            text.push_str(&format!("; {eater} grows the most and holds {holds}"));
+        }
+        self.take_away(instance, rescue, expected, text, machine, shortage, now, out);
+    }
+
+    /// Stops or kills a model, which is then owed a return.
+    #[expect(clippy::too_many_arguments, reason = "one decision with its numbers")]
+    fn take_away(
+        &mut self,
+        instance: Instance,
+        rescue: Rescue,
+        expected: Bytes,
+        text: String,
+        machine: &Machine,
+        shortage: &Shortage,
+        now: u64,
+        out: &mut Vec<Action>,
+    ) {
+        let effect = match rescue {
+            Rescue::Kill => Effect::Kill(instance.clone()),
+            _ => Effect::Stop(instance.clone()),
+        };
+        if self.rules.mode == Mode::Enforce {
+            self.owe(&instance, rescue, now);
+            if rescue == Rescue::Kill {
+                self.afloat.killed.insert(instance.clone(), now + KEPT_OFF);
+            } else {
+                let announced =
+                    Action::AboutToEvict { instance: instance.clone(), for_instance: None, deadline: now };
+                out.push(announced);
+            }
+        }
+        let held = self.holders.get(&instance).map(|r| r.measured.gpus.clone()).unwrap_or_default();
+        let gpus = machine.gpus.iter().map(|gpu| gpu.used).zip(held).collect();
+        self.begin_rescue(Some(instance), rescue, expected, effect, text, shortage, now, out);
+        if let Some(under_way) = &mut self.afloat.under_way {
+            under_way.gpus = gpus;
+        }
+    }
+
+    fn owe(&mut self, instance: &Instance, rescue: Rescue, now: u64) {
+        let Some(reservation) = self.holders.get_mut(instance) else { return };
+        let was = reservation.phase;
+        let owed = reservation.clone();
+        reservation.phase = Phase::Stopping;
+        // Whoever was going anyway is owed what it was owed before.
+        if was == Phase::Stopping || rescue == Rescue::Expire || owed.expired(now) {
+            return;
+        }
+        let (count, last) = self.afloat.stops.get(instance).copied().unwrap_or_default();
+        let count = if now.saturating_sub(last) < FORGIVEN { count } else { 0 };
+        self.afloat.stops.insert(instance.clone(), (count.saturating_add(1), now));
+        self.owed.retain(|owed| owed.instance != *instance);
+        self.owed.push(Owed {
+            instance: instance.clone(),
+            for_instance: None,
+            reservation: owed,
+            attempts: 0,
+            not_before: now + (BACKOFF << count.min(6)),
+        });
+    }
+
+    /// Begins what was decided, or only says so.
+    #[expect(clippy::too_many_arguments, reason = "one decision with its numbers")]
+    fn begin_rescue(
+        &mut self,
+        instance: Option<Instance>,
+        rescue: Rescue,
+        expected: Bytes,
+        effect: Effect,
+        text: String,
+        shortage: &Shortage,
+        now: u64,
+        out: &mut Vec<Action>,
+    ) {
+        let relief = Relief {
+            rescue,
+            level: shortage.level,
+            pool: shortage.pool,
+            headroom_bytes: shortage.headroom,
+            falling_bytes: self.afloat.gauge.falling,
+            needed_bytes: shortage.needed,
+            expected_bytes: expected,
+            gained_bytes: None,
+        };
+        if self.rules.mode == Mode::Observe {
+            // Once, and not with each look.
+            self.afloat.not_before.insert((Rescue::Nothing, None), now + IN_VAIN);
+            let text = format!("only observing; enforcing, {text}");
+            let decision = Decision { observed: true, ..self.relief(instance, relief, expected, text, now) };
+            self.record(decision, out);
+            return;
+        }
+        let decision = self.relief(instance.clone(), relief, expected, text, now);
+        self.record(decision, out);
+        let id = self.perform(effect, out);
+        self.afloat.under_way =
+            Some(UnderWay { id, instance, relief, since: now, ended: None, gpus: Vec::new() });
+    }
+
+    /// Says once that nothing of ours would help, and who grows.
+    fn name_the_eater(&mut self, machine: &Machine, shortage: &Shortage, now: u64, out: &mut Vec<Action>) {
+        if self.was_tried(Rescue::Nothing, None) {
+            return;
+        }
+        self.afloat.not_before.insert((Rescue::Nothing, None), now + 10 * IN_VAIN);
+        let kept = self.holders.values().any(|r| matches!(r.phase, Phase::Loading | Phase::Running));
+        let why = if kept { "no model that may be stopped now would free enough" } else { "no model runs" };
+        let mut text = format!("{}; {why}", self.shortage_text(shortage));
+        if let Some((eater, holds)) = &machine.eater {
+            text.push_str(&format!("; {eater} grows the most and holds {holds}"));
+        }
+        let relief = Relief {
+            rescue: Rescue::Nothing,
+            level: shortage.level,
+            pool: shortage.pool,
+            headroom_bytes: shortage.headroom,
+            falling_bytes: self.afloat.gauge.falling,
+            needed_bytes: shortage.needed,
+            expected_bytes: Bytes::ZERO,
+            gained_bytes: None,
+        };
+        let decision = self.relief(None, relief, Bytes::ZERO, text, now);
+        self.record(decision, out);
+    }
+
+    fn relief(
+        &self,
+        instance: Option<Instance>,
+        relief: Relief,
+        bytes: Bytes,
+        text: String,
+        now: u64,
+    ) -> Decision {
+        let context = instance.as_ref().and_then(|i| self.holders.get(i)).map_or(0, |r| r.context);
+        Decision {
+            kind: Kind::Relieve,
+            instance,
+            for_instance: None,
+            verdict: Verdict::FitsAfter,
+            at_msec: now,
+            context,
+            bytes,
+            basis: Basis::default(),
+            steps: Vec::new(),
+            refusal: None,
+            relief: Some(relief),
+            pools: Vec::new(),
+            observed: false,
+            text,
+        }
+    }
+
+    fn shortage_text(&self, shortage: &Shortage) -> String {
+        let (headroom, reserve) = (shortage.headroom, self.rules.reserve);
+        match shortage.pool {
+            Pool::Gpu(_) => {
+                format!("{headroom} of GPU memory is left, and others took what models were promised")
+            }
+            _ if self.afloat.gauge.falling.is_zero() => {
+                format!("{headroom} of memory is left of a reserve of {reserve}")
+            }
+            _ => format!(
+                "{headroom} of memory is left of a reserve of {reserve}, {} less each second",
+                self.afloat.gauge.falling
+            ),
+        }
+    }
+
+    /// What swap on a disk has room for, beside what it was made for.
+    fn swap_left(&self, machine: &Machine) -> Bytes {
+        let promised = self.holders.values().map(|r| r.predicted.swapped - r.measured.swapped).sum();
+        machine.memory.swap_free - machine.swap_in_memory() - promised
+    }
+
+    /// What has to come back for nothing to be short, and for half a minute more.
+    fn to_calm(&self, shortage: &Shortage) -> Bytes {
+        self.rules.reserve.mul_div(5, 4) - shortage.headroom + self.afloat.gauge.lost_within(30_000)
+    }
+
+    /// Less than this is not worth doing anything for.
+    fn worthwhile(&self) -> Bytes {
+        self.rules.reserve.mul_div(1, 16).max(Bytes::mib(1))
+    }
+
+    fn was_tried(&self, rescue: Rescue, instance: Option<&Instance>) -> bool {
+        self.afloat.not_before.contains_key(&(rescue, instance.cloned()))
+    }
+
+    /// Takes in the outcome of what was done; false when `id` is none of it.
+    pub(super) fn relieved(&mut self, id: ActionId, outcome: &Outcome, now: u64) -> bool {
+        let Some(under_way) = self.afloat.under_way.as_mut().filter(|u| u.id == id) else { return false };
+        under_way.ended = Some(now);
+        if let Outcome::Failed(_) = outcome
+            && let Some(failed) = self.afloat.under_way.take()
+        {
+            self.afloat.not_before.insert((failed.relief.rescue, failed.instance.clone()), now + IN_VAIN);
+            if let Some(instance) = &failed.instance {
+                self.afloat.killed.remove(instance);
+                self.unstoppable(instance, outcome);
+            }
+        }
+        true
+    }
+
+    /// Whether a model was killed so recently that it may not come back yet.
+    pub(super) fn is_kept_off(&self, instance: &Instance, now: u64) -> bool {
+        self.afloat.killed.get(instance).is_some_and(|until| now < *until)
+    }
+
+    /// Whether one that was stopped to keep the machine afloat, and would fit or not, may come back. Its room has to
+    /// have been there for a while, and to last.
+    pub(super) fn may_return(&mut self, instance: &Instance, takes: Bytes, fits: bool, now: u64) -> bool {
+        let (gauge, reserve) = (&self.afloat.gauge, self.rules.reserve);
+        if !fits || gauge.headroom < reserve + takes + gauge.lost_within(LASTS) {
+            self.afloat.room.remove(instance);
+            return false;
+        }
+        let since = *self.afloat.room.entry(instance.clone()).or_insert(now);
+        if now < since + CLEAR {
+            self.wake_at(since + CLEAR);
+            return false;
+        }
+        true
+    }
+
+    /// Whether memory is short, or something is being done about it.
+    pub(super) fn is_short(&self) -> bool {
+        self.afloat.level.max(self.afloat.gpu_level) > Level::Calm || self.afloat.under_way.is_some()
+    }
+
+    /// Whether models are being stopped to keep the machine afloat.
+    pub(super) fn is_sinking(&self) -> bool {
+        self.afloat.level.max(self.afloat.gpu_level) >= Level::Act
+    }
+
+    fn look_again(&mut self, machine: &Machine, shortage: &Shortage, now: u64) {
+        if self.owed.iter().any(|owed| owed.for_instance.is_none()) {
+            self.wake_at(now + LOOK_FOR_ROOM);
+        }
+        if self.holders.is_empty() {
+            return;
+        }
+        let gauge = self.afloat.gauge;
+        let time = pressure::look_again(machine, &gauge, self.afloat.level, self.rules.reserve);
+        let helpless =
+            self.afloat.under_way.is_none() && shortage.level >= Level::Act && gauge.falling.is_zero();
+        let time = if helpless { time.map(|time| time.max(HELPLESS)) } else { time };
+        let time =
+            if self.afloat.gpu_level > Level::Calm { Some(time.unwrap_or(1000).min(1000)) } else { time };
+        let settles = self.afloat.under_way.is_some().then_some(50);
+        if let Some(time) = time.into_iter().chain(settles).min() {
+            self.wake_at(now + time);
+        }
+    }
+}
