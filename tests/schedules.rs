@@ -31,7 +31,7 @@ fn deeds(models: usize) -> impl Strategy<Value = Vec<Deed>> {
         4 => (1u64..60).prop_map(Deed::Run),
         1 => Just(Deed::RestartDaemon),
         2 => (0..models, 1u32..3, 1u64..90).prop_map(|(n, count, seconds)| Deed::Request(n, count, seconds)),
-        2 => (10u64..256, 0u64..110).prop_map(|(rate, most)| Deed::Eat(rate, most)),
+        2 => (60u64..256, 0u64..110).prop_map(|(rate, most)| Deed::Eat(rate, most)),
         1 => (0u16..1000).prop_map(Deed::Stall),
     ];
     prop::collection::vec(one, 1..40)
@@ -110,7 +110,8 @@ proptest! {
                 Deed::Stall(share) => s.world.stall(*share, *share / 2),
             }
         }
-        s.run(2000);
+        // The slowest has eaten after half an hour, and the longest pause before a return is an hour.
+        s.run(7000);
         prop_assert_eq!(relief::breaches(&s), Vec::<String>::new());
         prop_assert_eq!(&s.breaches, &Vec::<String>::new());
 
