@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use common::Simulated;
@@ -332,6 +332,13 @@ fn a_command_runs_while_its_memory_is_held() {
     until("the model is back", || state(&machine, "small") == "running");
 }
 
+/// Ends a lease and its command: killed, it would leave the command behind.
+fn end(held: &mut Child) -> Option<i32> {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(held.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    held.wait().unwrap().code()
+}
+
 #[test]
 fn a_lease_ends_as_its_command_does() {
     let Some(machine) = Simulated::start(SCENARIO) else { return };
@@ -341,9 +348,7 @@ fn a_lease_ends_as_its_command_does() {
     let mut held =
         machine.command(&["lease", "1GiB", "--name", "nap", "--", "/bin/sleep", "600"]).spawn().unwrap();
     until("it is held", || leases(&machine) == ["lease:nap held"]);
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(held.id()).unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-    assert_eq!(held.wait().unwrap().code(), Some(143));
+    assert_eq!(end(&mut held), Some(143));
     until("the lease has ended", || leases(&machine).is_empty());
     // Its holder may be killed at once.
     let mut held = machine.command(&["lease", "1GiB", "--", "/bin/sleep", "5"]).spawn().unwrap();
@@ -390,8 +395,7 @@ fn leases_are_refused_waited_for_and_sized_like_a_model() {
     let lease = &machine.json(&["status"])["leases"][0];
     let gib = |key: &str| lease["predicted"][key].as_u64().unwrap() >> 30;
     assert_eq!((gib("mapped_bytes"), gib("private_bytes")), (8, 1), "{lease}");
-    held.kill().unwrap();
-    held.wait().unwrap();
+    end(&mut held);
     machine.fails(&["lease", "--like", "nobody", "--", "/bin/true"], 78);
 }
 
@@ -418,9 +422,6 @@ fn what_can_not_be_meant_is_a_usage_error_and_there_is_a_bound() {
     until("all are held", || leases(&machine).len() == most);
     let refused = machine.fails(&["lease", "1MiB", "--", "/bin/true"], 75);
     assert!(refused.contains("as many as there may be"), "{refused}");
-    for child in &mut held {
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
+    held.iter_mut().for_each(|child| drop(end(child)));
     until("all have ended", || leases(&machine).is_empty());
 }
