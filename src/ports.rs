@@ -105,6 +105,8 @@ pub struct Rulebook {
     pub peers: Peers,
     /// The page cache of the whole machine may be dropped for a large load.
     pub drop_all_cache: bool,
+    /// The pressure ladder acts.
+    pub ladder: bool,
     /// The priority of each model.
     pub priorities: BTreeMap<ModelName, u8>,
     /// What is wrong with the configuration, one sentence each.

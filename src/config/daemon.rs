@@ -14,8 +14,8 @@ use super::table::{Entry, Item, Table, Value};
 use crate::bytes::{Bytes, GIB};
 
 /// The keys of `plimsoll.toml`.
-pub(super) const KEYS: [&str; 8] =
-    ["mode", "reserve", "peers", "page-cache", "swap", "engine", "adopt", "model-defaults"];
+pub(super) const KEYS: [&str; 9] =
+    ["mode", "reserve", "peers", "page-cache", "pressure", "swap", "engine", "adopt", "model-defaults"];
 
 /// Whether the daemon acts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -79,6 +79,13 @@ pub struct PageCache {
     pub drop_all: bool,
 }
 
+/// What is done when memory runs short though nobody asked for any.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PressureSettings {
+    /// Whether the pressure ladder acts.
+    pub ladder: bool,
+}
+
 /// Where an engine comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -114,6 +121,8 @@ pub struct Daemon {
     pub peers: Peers,
     /// The kernel's page cache.
     pub page_cache: PageCache,
+    /// What is done when memory runs short.
+    pub pressure: PressureSettings,
     /// The daemon's own swapfiles.
     pub swap: Swap,
     /// Engines by name. `llama-server` is searched for when it is not among them.
@@ -141,6 +150,7 @@ pub(super) fn read(table: Table, problems: &mut Vec<Problem>) -> (Daemon, Table)
         .read("peers", reader::word(&[("keep", Peers::Keep), ("replace-idle", Peers::ReplaceIdle)]))
         .unwrap_or_default();
     let page_cache = r.table("page-cache");
+    let pressure = r.table("pressure");
     let swap = r.table("swap");
     let engines = r.table("engine").unwrap_or_default();
     let adopted = r.table("adopt").unwrap_or_default();
@@ -167,6 +177,7 @@ pub(super) fn read(table: Table, problems: &mut Vec<Problem>) -> (Daemon, Table)
         reserve,
         peers,
         page_cache: page_cache.map(|table| read_page_cache(table, problems)).unwrap_or_default(),
+        pressure: pressure.map(|table| read_pressure(table, problems)).unwrap_or_default(),
         swap: swap.map(|table| read_swap(table, problems)).unwrap_or_default(),
         engines: named(engines, "engine", problems, read_engine),
         adopted: named(adopted, "adopt", problems, read_adopted).into_values().collect(),
@@ -210,6 +221,13 @@ fn read_page_cache(table: Table, problems: &mut Vec<Problem>) -> PageCache {
     let drop_all = r.read("drop-all", reader::boolean).unwrap_or_default();
     r.finish(|_| None);
     PageCache { drop_all }
+}
+
+fn read_pressure(table: Table, problems: &mut Vec<Problem>) -> PressureSettings {
+    let mut r = Reader::new(table, problems);
+    let ladder = r.read("ladder", reader::boolean).unwrap_or_default();
+    r.finish(|_| None);
+    PressureSettings { ladder }
 }
 
 fn read_swap(table: Table, problems: &mut Vec<Problem>) -> Swap {

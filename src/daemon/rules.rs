@@ -41,8 +41,8 @@ impl Daemon {
     pub(super) fn apply(&mut self, rulebook: &Rulebook) {
         let mode = self.mode_as(rulebook);
         let reserve = rulebook.reserve.unwrap_or_else(|| auto_reserve(&self.machine.memory));
-        let (peers, drop_all_cache) = (rulebook.peers, rulebook.drop_all_cache);
-        let rules = Rules { reserve, mode, peers, drop_all_cache };
+        let (peers, drop_all_cache, ladder) = (rulebook.peers, rulebook.drop_all_cache, rulebook.ladder);
+        let rules = Rules { reserve, mode, peers, drop_all_cache, ladder };
         if mode != self.core.rules().mode {
             tracing::info!("mode {mode:?}");
             self.tell(Publication::Mode(mode));

@@ -142,11 +142,19 @@ pub struct Rules {
     pub peers: Peers,
     /// The page cache of the whole machine may be dropped for a large load, when all else was not enough.
     pub drop_all_cache: bool,
+    /// The pressure ladder acts.
+    pub ladder: bool,
 }
 
 impl Default for Rules {
     fn default() -> Self {
-        Self { reserve: Bytes::gib(2), mode: Mode::Enforce, peers: Peers::Keep, drop_all_cache: false }
+        Self {
+            reserve: Bytes::gib(2),
+            mode: Mode::Enforce,
+            peers: Peers::Keep,
+            drop_all_cache: false,
+            ladder: false,
+        }
     }
 }
 

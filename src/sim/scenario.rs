@@ -66,6 +66,9 @@ pub struct SimMachine {
     /// The page cache of the whole machine may be dropped.
     #[serde(default)]
     pub drop_all_cache: bool,
+    /// The pressure ladder acts.
+    #[serde(default = "yes")]
+    pub ladder: bool,
     /// `enforce` or `observe`.
     #[serde(default)]
     pub mode: Mode,
@@ -213,6 +216,10 @@ fn default_context() -> u64 {
     4096
 }
 
+fn yes() -> bool {
+    true
+}
+
 fn ten() -> u64 {
     10
 }
@@ -266,6 +273,7 @@ impl Scenario {
             mode: self.machine.mode,
             peers: self.machine.peers,
             drop_all_cache: self.machine.drop_all_cache,
+            ladder: self.machine.ladder,
         }
     }
 

@@ -344,6 +344,7 @@ impl Catalog for RealCatalog {
                 config::Peers::ReplaceIdle => Peers::ReplaceIdle,
             },
             drop_all_cache: settings.page_cache.drop_all,
+            ladder: settings.pressure.ladder,
             priorities: broken.chain(known).chain(adopted).collect(),
             problems: loaded.problems.iter().map(ToString::to_string).collect(),
         })

@@ -124,6 +124,10 @@ impl Core {
             return;
         }
         let shortage = self.read(machine, now);
+        if !self.rules.ladder {
+            (self.afloat.level, self.afloat.gpu_level) = (Level::Calm, Level::Calm);
+            return;
+        }
         self.follow(machine, &shortage, now, out);
         self.hasten(machine, &shortage, now, out);
         if self.afloat.under_way.is_none() && !machine.stopping {

@@ -56,7 +56,7 @@ impl Core {
             let running = machine.units.get(&owed.instance).is_some_and(|unit| unit.state.is_alive());
             let request = self.peaks.corrected(as_request(owed));
             let fits = !running && fits_as_is(&request, self.situation(machine, now));
-            if owed.for_instance.is_none() {
+            if owed.for_instance.is_none() && self.rules.ladder {
                 let (instance, takes) = (owed.instance.clone(), owed.reservation.predicted.private);
                 if !self.may_return(&instance, takes, fits, now) {
                     continue;
