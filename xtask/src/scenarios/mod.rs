@@ -70,7 +70,6 @@ scenarios![
     swap::a_disk_that_takes_none,
     faults::the_daemon_is_killed_at_each_step,
     faults::the_model_is_killed_while_it_loads,
-    pressure::load_that_fits_evicts_nobody,
     pressure::the_last_rung_stands_in,
     access::group_members_may_load,
     access::engine_is_unprivileged,

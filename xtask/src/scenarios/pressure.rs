@@ -3,7 +3,6 @@
 use crate::lab::{Config, Lab, PATIENCE};
 use anyhow::{Result, ensure};
 use plimsoll::bytes::Bytes;
-use std::time::Duration;
 
 /// The eater stays so long.
 const MEAL: u64 = 40;
@@ -47,50 +46,6 @@ fn meal_ends(lab: &Lab) -> Result<()> {
     let result = lab.guest.ok("systemctl show --value -p Result eater.service")?;
     ensure!(result == "success", "the eater ended with {result}\n{}", lab.guest.evidence());
     Ok(())
-}
-
-/// Disk load, an mmap reader under a limit of its own and tmpfs within budget are no reason to stop anybody.
-pub fn load_that_fits_evicts_nobody(lab: &mut Lab) -> Result<()> {
-    let length = Duration::from_secs(90);
-    let names = ["twin", "small"];
-    lab.configure(&[
-        unmapped(Config::new("twin", 8001).priority(30)),
-        Config::new("small", 8003).priority(80),
-    ])?;
-    lab.serve("twin", 8001)?;
-    lab.serve("small", 8003)?;
-    let before = lab.main_pids(&names)?;
-    let cursor = lab.guest.journal_cursor()?;
-    // Longer than it is looked at, so that it is under way to the end.
-    let limit = length.as_secs() + 120;
-    lab.guest.ok(&format!(
-        "systemctl reset-failed 2>/dev/null; \
-         systemd-run --quiet --unit=disk -p RuntimeMaxSec={limit} sh -c 'while :; do \
-           dd if=/dev/vdb of=/dev/null bs=1M count=600 status=none; dd if=/dev/zero of=/var/tmp/load bs=1M count=200 conv=fsync status=none; done'; \
-         systemd-run --quiet --unit=reader -p RuntimeMaxSec={limit} -p MemoryHigh=200M \
-           llama-server -m /srv/models/large.gguf -c 512 --port 8009 --no-warmup; \
-         systemd-run --quiet --unit=tmpfs -p RuntimeMaxSec={limit} sh -c \
-           'dd if=/dev/urandom of=/dev/shm/load bs=1M count=150 status=none; exec sleep {limit}'"
-    ))?;
-    // The reader touches what it has mapped, over and over.
-    lab.guest.ok(&format!(
-        "systemd-run --quiet --unit=asker -p RuntimeMaxSec={limit} sh -c 'while :; do curl -fsS --max-time 60 -o /dev/null \
-         -H \"Content-Type: application/json\" -d \"{{\\\"prompt\\\":\\\"load\\\",\\\"n_predict\\\":8}}\" \
-         http://127.0.0.1:8009/completion || sleep 1; done'"
-    ))?;
-    std::thread::sleep(length);
-    let full = lab
-        .guest
-        .ok("cat /proc/pressure/memory /sys/fs/cgroup/system.slice/reader.service/memory.pressure")?;
-    println!("          pressure at the end: {}", full.replace('\n', " | "));
-    lab.guest
-        .ok("systemctl stop disk reader asker tmpfs 2>/dev/null; rm -f /dev/shm/load /var/tmp/load; true")?;
-    for (name, pid) in &before {
-        ensure!(lab.main_pid(name)? == *pid, "{name} was restarted\n{}", lab.guest.evidence());
-    }
-    let journal = lab.guest.journal_since(&cursor, "-u plimsolld.service")?;
-    ensure!(!journal.contains("is stopped"), "somebody was stopped:\n{journal}");
-    lab.no_oom_kill()
 }
 
 /// The daemon's first thread, which its loop runs on, is frozen (as if it hung): the last rung kills in its place, and
