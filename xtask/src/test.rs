@@ -64,7 +64,9 @@ pub fn test(options: &TestOptions) -> Result<u8> {
     let mut report = Report::default();
     let wanted =
         |name: &str| options.only.is_empty() || options.only.iter().any(|pattern| name.contains(pattern));
-    let scenarios: Vec<&Scenario> = scenarios::ALL.iter().filter(|scenario| wanted(scenario.name)).collect();
+    let named = scenarios::NAMED.iter().filter(|_| !options.only.is_empty());
+    let scenarios: Vec<&Scenario> =
+        scenarios::ALL.iter().chain(named).filter(|scenario| wanted(scenario.name)).collect();
     let mut disks = None;
     let mut package = None;
     if !options.no_vm && !scenarios.is_empty() {
