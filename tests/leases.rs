@@ -43,24 +43,9 @@ fn request(text: &str, gib: u64, priority: u8) -> Request {
         priority,
         pinned: instance.lease,
         ladder: vec![Rung { footprint, ..Rung::default() }],
-        advice: Vec::new(),
-        ttl: None,
-        drain: 0,
-        reload: Bytes::ZERO,
-        may_swap: false,
-        stream: None,
-        swap: None,
-        no_swapfile: None,
-        instead_of: Default::default(),
-        stuck: Default::default(),
-        finishing: Default::default(),
-        force: false,
-        no_restore: false,
         explicit: true,
         patience: if instance.lease { Patience::None } else { Patience::Others },
-        unknown: None,
-        unit_limit: None,
-        instance,
+        ..Request::of(instance)
     }
 }
 

@@ -7,7 +7,7 @@ mod relief;
 use plimsoll::bytes::Bytes;
 use plimsoll::ledger::UnitState;
 use plimsoll::policy::decision::Kind;
-use plimsoll::policy::{Level, Rescue};
+use plimsoll::policy::{Event, Level, Rescue};
 use plimsoll::sim::{Scenario, Simulation};
 
 /// A machine of 128 GiB, of which the system uses 4 and 4 more are kept for it.
@@ -512,4 +512,36 @@ fn looks_are_few_while_there_is_plenty_and_none_where_nothing_runs() {
     s.run(10);
     let looks = s.steps - before;
     assert!((5..=20).contains(&looks), "{looks} looks in ten seconds with 6 GiB left");
+}
+
+/// The last rung kills `low`, as the machine would tell of it.
+fn last_rung_kills_low(s: &mut Simulation) {
+    let instance = "low".parse().unwrap();
+    s.step(Event::Killed { instance, available: Bytes::mib(30) });
+}
+
+#[test]
+fn whoever_the_last_rung_killed_comes_back_also_where_the_ladder_is_off() {
+    for rules in ["ladder = true", "ladder = false"] {
+        let mut s = three(rules);
+        last_rung_kills_low(&mut s);
+        s.run(30);
+        assert_eq!(s.running(), ["high", "mid"], "{rules}: kept off for a while");
+        s.run(600);
+        assert_eq!(s.running(), ["high", "low", "mid"], "{rules}");
+        sound(&s);
+    }
+}
+
+#[test]
+fn what_a_person_stops_stays_stopped_though_the_last_rung_kills_it() {
+    let mut s =
+        machine("ladder = false", &THREE.replace("priority = 10", "priority = 10, stop-seconds = 20"));
+    s.start("low").run(200);
+    s.stop("low").run(1);
+    assert_eq!(s.state("low"), UnitState::Deactivating);
+    last_rung_kills_low(&mut s);
+    s.run(1200);
+    assert_eq!((s.running(), s.core.owed().len()), (Vec::<String>::new(), 0));
+    sound(&s);
 }

@@ -9,7 +9,6 @@ use super::input::{Command, Input, Looking, Publication, Purpose, Waiting, Weigh
 use super::jobs::{Job, JobKind};
 use super::run::{Daemon, FIRST_TICKET};
 use super::view;
-use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{Machine, UnitState};
 use crate::policy::core::Effect;
@@ -396,27 +395,8 @@ impl Daemon {
 fn unknown(instance: &Instance, invocation: &str, why: Option<&str>) -> Request {
     tracing::warn!("{instance} runs, but its size is unknown: {}", why.unwrap_or("there is no estimate"));
     Request {
-        instance: instance.clone(),
         invocation: invocation.to_owned(),
-        priority: crate::config::DEFAULT_PRIORITY,
-        pinned: false,
         ladder: vec![Rung::default()],
-        advice: Vec::new(),
-        ttl: None,
-        reload: Bytes::ZERO,
-        drain: 0,
-        may_swap: false,
-        stream: None,
-        swap: None,
-        no_swapfile: None,
-        instead_of: Default::default(),
-        stuck: Default::default(),
-        finishing: Default::default(),
-        force: false,
-        no_restore: false,
-        explicit: false,
-        patience: Default::default(),
-        unknown: None,
-        unit_limit: None,
+        ..Request::of(instance.clone())
     }
 }

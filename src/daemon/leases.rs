@@ -274,30 +274,14 @@ impl Daemon {
         self.next_ticket += 1;
         let ticket = self.next_ticket;
         let request = Request {
-            instance: lease.saved.instance.clone(),
             invocation: invocation(id),
             priority,
             // Nobody but its holder can end it.
             pinned: true,
             ladder: vec![Rung { footprint, ..Rung::default() }],
-            advice: Vec::new(),
-            ttl: None,
-            drain: 0,
-            reload: Bytes::ZERO,
-            // There is no unit whose memory could be reclaimed.
-            may_swap: false,
-            stream: None,
-            swap: None,
-            no_swapfile: None,
-            instead_of: Default::default(),
-            stuck: Default::default(),
-            finishing: Default::default(),
-            force: false,
-            no_restore: false,
             explicit: true,
             patience: if wait { Patience::Room } else { Patience::None },
-            unknown: None,
-            unit_limit: None,
+            ..Request::of(lease.saved.instance.clone())
         };
         lease.asking = Some(Asking { ticket, writer, began, reply });
         self.leases.all.insert(id, lease);

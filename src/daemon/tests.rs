@@ -116,28 +116,15 @@ impl Catalog for Fake {
         let ladder =
             if gib > 0 { vec![Rung { context: 4096, footprint, ..Rung::default() }] } else { Vec::new() };
         Ok(Request {
-            instance,
             invocation: wish.invocation.clone(),
             priority: 50,
-            pinned: false,
             ladder,
-            advice: Vec::new(),
-            ttl: None,
-            reload: Bytes::ZERO,
-            drain: 0,
-            may_swap: false,
-            stream: None,
-            swap: None,
-            no_swapfile: None,
             instead_of: wish.instead_of.clone(),
-            stuck: Default::default(),
-            finishing: Default::default(),
             force: wish.force,
             no_restore: wish.no_restore,
             explicit: wish.explicit,
-            patience: Default::default(),
             unknown: (gib == 0).then(|| "strange".to_owned()),
-            unit_limit: None,
+            ..Request::of(instance)
         })
     }
 

@@ -364,28 +364,11 @@ mod tests {
     fn request(gib: u64) -> Request {
         let footprint = Footprint { private: Bytes::gib(gib), ..Footprint::default() };
         Request {
-            instance: "a".parse().unwrap(),
             invocation: "1".into(),
             priority: 50,
-            pinned: false,
             ladder: vec![Rung { context: 4096, footprint, ..Rung::default() }],
-            advice: Vec::new(),
-            ttl: None,
-            reload: Bytes::ZERO,
-            drain: 0,
-            may_swap: false,
-            stream: None,
-            swap: None,
-            no_swapfile: None,
-            instead_of: Default::default(),
-            stuck: Default::default(),
-            finishing: Default::default(),
-            force: false,
-            no_restore: false,
             explicit: true,
-            patience: Default::default(),
-            unknown: None,
-            unit_limit: None,
+            ..Request::of("a".parse().unwrap())
         }
     }
 

@@ -44,7 +44,8 @@ pub fn last_resort(
         .map(|(instance, r)| {
             (instance, r, r.measured.unreclaimable() + r.measured.gpus.iter().copied().sum())
         })
-        .filter(|(_, r, frees)| r.phase != Phase::Preparing && *frees >= WORTHWHILE)
+        // What a lease is for is nobody's to kill.
+        .filter(|(instance, r, frees)| !instance.lease && r.phase != Phase::Preparing && *frees >= WORTHWHILE)
         .collect();
     order.sort_by_key(|(_, r, frees)| {
         (r.phase != Phase::Stopping, r.pinned, r.priority, r.last_used, Reverse(*frees))
@@ -83,6 +84,7 @@ mod tests {
         add("high", holder(90, 0, 500));
         add("pinned", Reservation { pinned: true, ..holder(1, 0, 500) });
         add("going", Reservation { phase: Phase::Stopping, ..holder(95, 9, 500) });
+        add("lease:make", holder(1, 0, 500));
         add("coming", Reservation { phase: Phase::Preparing, ..holder(1, 0, 500) });
         let rules = Rules { reserve: Bytes::gib(4), ..Rules::default() };
         let last = last_resort(&holders, &machine(Bytes::gib(3)), &rules).unwrap();

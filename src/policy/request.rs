@@ -71,6 +71,35 @@ pub struct Request {
 }
 
 impl Request {
+    /// A wish that asks for nothing yet and may do nothing to anybody: priority as by default, no ladder.
+    #[must_use]
+    pub fn of(instance: Instance) -> Self {
+        Self {
+            instance,
+            invocation: String::new(),
+            priority: crate::config::DEFAULT_PRIORITY,
+            pinned: false,
+            ladder: Vec::new(),
+            advice: Vec::new(),
+            ttl: None,
+            reload: Bytes::ZERO,
+            drain: 0,
+            may_swap: false,
+            stream: None,
+            swap: None,
+            no_swapfile: None,
+            instead_of: BTreeSet::new(),
+            stuck: BTreeSet::new(),
+            finishing: BTreeMap::new(),
+            force: false,
+            no_restore: false,
+            explicit: false,
+            patience: Patience::default(),
+            unknown: None,
+            unit_limit: None,
+        }
+    }
+
     /// The reservation that it gets at `rung`.
     #[must_use]
     pub fn reservation(&self, rung: &Rung, phase: crate::ledger::Phase, now: u64) -> Reservation {

@@ -303,7 +303,6 @@ impl Scenario {
         ladder.push(rung(smallest));
         let halves = std::iter::successors(Some(smallest / 2), |c| Some(c / 2)).take_while(|c| *c >= 512);
         Some(Request {
-            instance: instance.clone(),
             invocation: invocation.to_owned(),
             priority: model.priority,
             pinned: model.pinned,
@@ -315,16 +314,7 @@ impl Scenario {
             may_swap: model.batch,
             stream: model.stream,
             swap: model.swap,
-            no_swapfile: None,
-            instead_of: Default::default(),
-            stuck: Default::default(),
-            finishing: Default::default(),
-            force: false,
-            no_restore: false,
-            explicit: false,
-            patience: Default::default(),
-            unknown: None,
-            unit_limit: None,
+            ..Request::of(instance.clone())
         })
     }
 }

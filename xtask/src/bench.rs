@@ -17,7 +17,7 @@ use plimsoll::ledger::{
 };
 use plimsoll::policy::plan::Situation;
 use plimsoll::policy::{Planned, Request, Rules, Rung, plan};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -170,32 +170,15 @@ fn planner(count: u64) -> Result<()> {
     let memory = Memory { total: held + Bytes::gib(8), available: held + Bytes::gib(4), ..Memory::default() };
     let machine = Reading { memory, ..Reading::default() };
     let request = Request {
-        instance: "newcomer".parse().ok().context("a bad name")?,
-        invocation: String::new(),
         priority: 90,
-        pinned: false,
         ladder: vec![Rung {
             context: 65536,
             footprint: footprint(count, held.0 / 3 / (1 << 20)),
             ..Rung::default()
         }],
-        advice: Vec::new(),
-        ttl: None,
         reload: Bytes::gib(1),
-        drain: 0,
-        may_swap: false,
-        stream: None,
-        swap: None,
-        no_swapfile: None,
-        instead_of: BTreeSet::new(),
-        stuck: BTreeSet::new(),
-        finishing: Default::default(),
-        force: false,
-        no_restore: false,
         explicit: true,
-        patience: Default::default(),
-        unknown: None,
-        unit_limit: None,
+        ..Request::of("newcomer".parse().ok().context("a bad name")?)
     };
     let rules = Rules::default();
     let situation = Situation { holders: &holders, machine: &machine, rules: &rules, now: 1_000_000 };

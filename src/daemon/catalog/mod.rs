@@ -127,28 +127,12 @@ impl RealCatalog {
         let memory = adopted.memory.unwrap_or_default();
         let footprint = Footprint { private: memory, ..Footprint::default() };
         Ok(Request {
-            instance: instance.clone(),
             invocation: wish.invocation.clone(),
             priority: adopted.priority,
             pinned: adopted.pinned,
             ladder: vec![Rung { footprint, ..Rung::default() }],
-            advice: Vec::new(),
-            ttl: None,
             reload: memory,
-            drain: 0,
-            may_swap: false,
-            stream: None,
-            swap: None,
-            no_swapfile: None,
-            instead_of: Default::default(),
-            stuck: Default::default(),
-            finishing: Default::default(),
-            force: false,
-            no_restore: false,
-            explicit: false,
-            unknown: None,
-            unit_limit: None,
-            patience: Default::default(),
+            ..Request::of(instance.clone())
         })
     }
 
@@ -364,28 +348,18 @@ impl Catalog for RealCatalog {
         let subject = self.subject(wish)?;
         let model = subject.model()?;
         let mut request = Request {
-            instance: subject.instance.clone(),
             invocation: wish.invocation.clone(),
             priority: model.priority,
             pinned: model.pinned,
             ladder: Vec::new(),
-            advice: Vec::new(),
             ttl: model.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
-            reload: Bytes::ZERO,
             drain: u64::try_from(model.drain.as_millis()).unwrap_or(u64::MAX),
             may_swap: model.workload == Workload::Batch,
-            stream: None,
-            swap: None,
-            no_swapfile: None,
             instead_of: wish.instead_of.clone(),
-            stuck: Default::default(),
-            finishing: Default::default(),
             force: wish.force,
             no_restore: wish.no_restore,
             explicit: wish.explicit,
-            patience: Default::default(),
-            unknown: None,
-            unit_limit: None,
+            ..Request::of(subject.instance.clone())
         };
         let declared = model.memory.map(|memory| {
             let context = wish.context.or(model.context).unwrap_or_default();

@@ -598,10 +598,10 @@ impl Core {
             _ => Effect::Stop(instance.clone()),
         };
         if self.rules.mode == Mode::Enforce {
-            self.owe(&instance, rescue, now);
             if rescue == Rescue::Kill {
-                self.afloat.killed.insert(instance.clone(), now + KEPT_OFF);
+                self.owe_killed(&instance, now);
             } else {
+                self.owe(&instance, rescue, now);
                 let announced =
                     Action::AboutToEvict { instance: instance.clone(), for_instance: None, deadline: now };
                 out.push(announced);
@@ -613,6 +613,12 @@ impl Core {
         if let Some(under_way) = &mut self.afloat.under_way {
             under_way.gpus = gpus;
         }
+    }
+
+    /// One that is killed is owed a return, and kept off for a while: Restart= would have it back at once.
+    pub(super) fn owe_killed(&mut self, instance: &Instance, now: u64) {
+        self.owe(instance, Rescue::Kill, now);
+        self.afloat.killed.insert(instance.clone(), now + KEPT_OFF);
     }
 
     fn owe(&mut self, instance: &Instance, rescue: Rescue, now: u64) {
@@ -701,7 +707,7 @@ impl Core {
         self.record(decision, out);
     }
 
-    fn relief(
+    pub(super) fn relief(
         &self,
         instance: Option<Instance>,
         relief: Relief,

@@ -1,7 +1,6 @@
 //! Bringing evicted models back when there is room again.
 
 use super::{Action, ActionId, Core, Effect, Outcome};
-use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::Machine;
 use crate::policy::decision::{Decision, Kind, Verdict};
@@ -120,27 +119,13 @@ impl Core {
 fn as_request(owed: &super::Owed) -> Request {
     let r = &owed.reservation;
     Request {
-        instance: owed.instance.clone(),
-        invocation: String::new(),
         priority: r.priority,
         pinned: r.pinned,
         ladder: vec![Rung { context: r.context, footprint: r.predicted.clone(), basis: r.basis.clone() }],
-        advice: Vec::new(),
         ttl: r.ttl,
         reload: r.reload,
         drain: r.drain,
         may_swap: r.may_swap,
-        stream: None,
-        swap: None,
-        no_swapfile: None,
-        instead_of: Default::default(),
-        stuck: Default::default(),
-        finishing: Default::default(),
-        force: false,
-        no_restore: false,
-        explicit: false,
-        patience: Default::default(),
-        unknown: None,
-        unit_limit: None::<Bytes>,
+        ..Request::of(owed.instance.clone())
     }
 }
