@@ -26,8 +26,11 @@ impl Kind {
 
     /// As [`Kind::get`], of the name in two parts.
     pub fn part(&self, stem: &str, ending: &str) -> Option<([u64; 4], u64)> {
-        let wanted = || stem.bytes().chain(ending.bytes());
-        let at = self.tensors.binary_search_by(|(n, _)| n.bytes().cmp(wanted())).ok()?;
+        let compare = |name: &[u8]| {
+            let (head, tail) = name.split_at(name.len().min(stem.len()));
+            head.cmp(stem.as_bytes()).then_with(|| tail.cmp(ending.as_bytes()))
+        };
+        let at = self.tensors.binary_search_by(|(n, _)| compare(n.as_bytes())).ok()?;
         Some((self.tensors[at].1, self.bytes[at]))
     }
 

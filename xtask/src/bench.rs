@@ -2,6 +2,7 @@
 
 mod bus;
 mod fit;
+mod oversized;
 mod peers;
 mod swapfiles;
 
@@ -29,7 +30,7 @@ pub struct BenchOptions {
     #[arg(long)]
     pub no_vm: bool,
     /// Only the parts with this in their name; may be repeated. Here: header, estimates, planner, plans. In
-    /// the virtual machine: daemon, swapfiles
+    /// the virtual machine: daemon, swapfiles, oversized
     #[arg(long, value_name = "PATTERN")]
     pub only: Vec<String>,
     /// Take plimsoll and plimsolld from this directory instead of building a release of them
@@ -44,7 +45,7 @@ pub struct BenchOptions {
 }
 
 /// The parts, in their order.
-const PARTS: [&str; 6] = ["header", "estimates", "planner", "plans", "daemon", "swapfiles"];
+const PARTS: [&str; 7] = ["header", "estimates", "planner", "plans", "daemon", "swapfiles", "oversized"];
 /// So many of them need no virtual machine.
 const HERE: usize = 4;
 
@@ -89,6 +90,9 @@ pub fn bench(options: &BenchOptions) -> Result<()> {
     }
     if wanted("swapfiles") {
         swapfiles::bench(options, &programs)?;
+    }
+    if wanted("oversized") {
+        oversized::bench(options, &programs)?;
     }
     Ok(())
 }

@@ -68,6 +68,9 @@ pub const MODELS: &[Model] = &[
     sparse("crowd-9", 350 * MB),
 ];
 
+/// What the guest's disk has when one of them is to be half as large again as the guest's memory of 2 GiB.
+pub const OVERSIZED: &[Model] = &[dense("leviathan", 3_200 * MB, Kind::Q8_0, 1), sparse("rival-a", 900 * MB)];
+
 /// Widths of a generated model.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
@@ -300,9 +303,18 @@ impl Model {
 
 /// The second disk of the guest, from the cache; made first when it is not there.
 pub fn ensure_disk() -> Result<PathBuf> {
+    ensure("models", MODELS, broken::write_all)
+}
+
+/// One with [`OVERSIZED`] on it.
+pub fn ensure_oversized_disk() -> Result<PathBuf> {
+    ensure("oversized", OVERSIZED, |_| Ok(()))
+}
+
+fn ensure(kind: &str, models: &[Model], further: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let cache = host::cache_directory()?;
-    let recipe = format!("{RECIPE} {MODELS:?}");
-    let disk = cache.join(format!("models-{}.img", host::fingerprint(&recipe)));
+    let recipe = format!("{RECIPE} {models:?}");
+    let disk = cache.join(format!("{kind}-{}.img", host::fingerprint(&recipe)));
     let lock = fs::File::create(cache.join("models.lock"))?;
     lock.lock()?;
     if disk.exists() {
@@ -313,10 +325,10 @@ pub fn ensure_disk() -> Result<PathBuf> {
     let tree = cache.join("models.tree");
     let _ = fs::remove_dir_all(&tree);
     fs::create_dir_all(&tree)?;
-    for model in MODELS {
+    for model in models {
         model.write(&tree)?;
     }
-    broken::write_all(&tree)?;
+    further(&tree)?;
     let partial = disk.with_extension("partial");
     let _ = fs::remove_file(&partial);
     let mut mke2fs = std::process::Command::new(host::find("mke2fs").unwrap_or_else(|| "mke2fs".into()));
@@ -328,7 +340,7 @@ pub fn ensure_disk() -> Result<PathBuf> {
     host::output(&mut mke2fs)?;
     fs::remove_dir_all(&tree)?;
     fs::rename(&partial, &disk)?;
-    host::prune(&cache, "models-", &disk)?;
+    host::prune(&cache, &format!("{kind}-"), &disk)?;
     println!("generated the models in {} s", started.elapsed().as_secs());
     Ok(disk)
 }

@@ -48,28 +48,96 @@ fn restored(lab: &Lab) -> Result<()> {
     lab.no_oom_kill()
 }
 
-/// `kill -9` of the daemon at each step that it makes: the one after it goes on.
+/// The daemon dies at once, and is started again after a second however often it has died before.
+const KILL: &str =
+    "systemctl reset-failed plimsolld.service; systemctl kill --signal=SIGKILL plimsolld.service";
+
+/// `kill -9` of the daemon at each step of one run: the one after it goes on where it was.
 pub fn the_daemon_is_killed_at_each_step(lab: &mut Lab) -> Result<()> {
-    lab.configure(&models())?;
+    const STEPS: [&str; 4] =
+        ["of cold page cache", "making a swapfile", "stopping rival-a", "load_model: loading"];
+    let [rival, monster] = models();
+    lab.configure(&[rival, monster, Config::new("large", 8003)])?;
     lab.serve("rival-a", 8001)?;
-    for step in ["making a swapfile", "stopping rival-a"] {
-        start_and(lab, step, "systemctl kill --signal=SIGKILL plimsolld.service")?;
-        completes_and_restores(lab)?;
-        println!("          killed at '{step}': completed, and restored");
-    }
-    Ok(())
+    let guest = &lab.guest;
+    guest.ok("cat /srv/models/large.gguf > /dev/null")?;
+    let steps: Vec<String> = STEPS.map(|step| format!("'{step}'")).into();
+    let done = guest.run_within(
+        &format!(
+            "from=$(journalctl -n 1 --no-pager -o cat --show-cursor | sed -n 's/^-- cursor: //p'); \
+             systemctl start --no-block llm@monster.service; \
+             timeout 240 journalctl -f --after-cursor=\"$from\" -o cat -u llm@monster.service | \
+             {{ for step in {}; do \
+                  while read -r line; do case $line in *\"$step\"*) {KILL}; echo \"killed at $step\"; break;; esac; done; \
+                done; }}",
+            steps.join(" ")
+        ),
+        PATIENCE,
+    )?;
+    let killed = done.stdout.lines().filter(|line| line.starts_with("killed")).count();
+    ensure!(killed == STEPS.len(), "not at each of {STEPS:?}: {}\n{}", done.all(), guest.evidence());
+    guest.wait_until("the monster runs", PATIENCE, "systemctl is-active --quiet llm@monster.service")?;
+    guest.completion(8002)?;
+    ensure!(lab.state("rival-a")? == "inactive", "rival-a holds room that the monster needs");
+    // While it runs, and while the other comes back.
+    guest.ok_within(&format!("{KILL}; systemctl stop llm@monster.service"), PATIENCE)?;
+    guest.wait_until(
+        "who went comes back",
+        PATIENCE,
+        &format!(
+            "test $(systemctl show --value -p ActiveState llm@rival-a.service) != inactive && {{ {KILL}; }}"
+        ),
+    )?;
+    restored(lab)
 }
 
-/// `kill -9` of the engine while it loads: it is started again through the gate, with the swapfile that is there.
+/// `kill -9` of the engine while it loads: it is started again through the gate, with the swapfile that is there. The
+/// model that goes for it hangs, and is killed when its time to stop is over.
 pub fn the_model_is_killed_while_it_loads(lab: &mut Lab) -> Result<()> {
+    const IMPATIENT: &str = "/run/systemd/system/llm@rival-a.service.d";
     lab.configure(&models())?;
+    lab.guest.write(&format!("{IMPATIENT}/stop.conf"), "[Service]\nTimeoutStopSec=3s\n")?;
+    lab.guest.ok("systemctl daemon-reload")?;
     lab.serve("rival-a", 8001)?;
+    let hangs = lab.main_pid("rival-a")?;
+    lab.guest.ok(&format!("kill -STOP {hangs}"))?;
     start_and(
         lab,
         "load_model: loading",
         "systemctl kill --kill-whom=main --signal=SIGKILL llm@monster.service",
     )?;
+    lab.guest.ok(&format!("rm -r {IMPATIENT}; systemctl daemon-reload; ! kill -0 {hangs}"))?;
     completes_and_restores(lab)
+}
+
+/// The disk can't be read where the model lies: it fails to load each time, and after a few times nobody is stopped
+/// for it any more.
+pub fn the_disk_fails_while_it_loads(lab: &mut Lab) -> Result<()> {
+    const MAPPED: &str = "/dev/mapper/plimsoll-models";
+    // One block of the model's, behind its header, gives an error; all the rest of the disk is as it was.
+    lab.guest.ok(&format!(
+        "modprobe dm-mod && disk=$(findmnt -n -o SOURCE /srv/models) && \
+         set -- $(filefrag -e -v -b512 /srv/models/monster.gguf | tr ':.' '  ' | \
+           awk '$1 ~ /^[0-9]+$/ && $2 >= 16384 {{print $4; exit}}') && test -n \"$1\" && \
+         umount /srv/models && size=$(blockdev --getsz $disk) && \
+         printf '0 %s linear %s 0\n%s 8 error\n%s %s linear %s %s\n' $1 $disk $1 $(($1 + 8)) $((size - $1 - 8)) $disk \
+           $(($1 + 8)) | dmsetup create plimsoll-models && \
+         mount {MAPPED} /srv/models"
+    ))?;
+    let seen = it_fails_and_the_other_is_back(lab);
+    lab.clean()?;
+    lab.guest.ok("umount /srv/models; dmsetup remove plimsoll-models; mount /srv/models")?;
+    seen
+}
+
+fn it_fails_and_the_other_is_back(lab: &Lab) -> Result<()> {
+    lab.configure(&models())?;
+    lab.serve("rival-a", 8001)?;
+    lab.start("monster")?;
+    lab.guest.wait_until("it is given up", PATIENCE, "systemctl is-failed --quiet llm@monster.service")?;
+    let shown = lab.unit_status("monster")?;
+    ensure!(shown.contains("failed to load 3 times in a row"), "{shown}\n{}", lab.guest.evidence());
+    restored(lab)
 }
 
 /// The power fails while the monster runs: nothing of it comes back, and who went for it does.
@@ -81,5 +149,20 @@ pub fn the_power_fails_in_the_middle(lab: &mut Lab) -> Result<()> {
     lab.guest.wait_until("the daemon is up", PATIENCE, "systemctl is-active --quiet plimsolld.service")?;
     restored(lab)?;
     ensure!(lab.state("monster")? == "inactive", "nobody asked for the monster after the reboot");
+    Ok(())
+}
+
+/// An orderly reboot while the monster loads: nobody is started on the way down, and afterwards who went is back.
+pub fn a_reboot_in_the_middle(lab: &mut Lab) -> Result<()> {
+    lab.configure(&models())?;
+    lab.serve("rival-a", 8001)?;
+    let before = lab.guest.journal_cursor()?;
+    start_and(lab, "load_model: loading", "true")?;
+    lab.guest.reboot_and_wait()?;
+    lab.guest.wait_until("the daemon is up", PATIENCE, "systemctl is-active --quiet plimsolld.service")?;
+    restored(lab)?;
+    ensure!(lab.state("monster")? == "inactive", "nobody asked for the monster after the reboot");
+    let started = lab.guest.journal_since(&before, "-b -1 -t systemd")?;
+    ensure!(!started.contains("Starting llm@rival-a"), "started on the way down: {started}");
     Ok(())
 }

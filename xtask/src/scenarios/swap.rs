@@ -63,35 +63,40 @@ pub fn made_by_hand(lab: &mut Lab) -> Result<()> {
     none_left(lab)
 }
 
-/// A file system that takes no swapfile: one sentence, nothing left, and nobody was stopped in the hope of it.
+/// A file system that takes no swapfile, and one that is full: one sentence, nothing left, and nobody was stopped in
+/// the hope of it.
 pub fn a_disk_that_takes_none(lab: &mut Lab) -> Result<()> {
     const SETTINGS: &str = "/etc/plimsoll/plimsoll.toml";
-    const TMPFS: &str = "/run/plimsoll-no-swap";
+    const PLACE: &str = "/run/plimsoll-no-swap";
     let before = lab.guest.ok(&format!("cat {SETTINGS}"))?;
     let settings =
-        format!("reserve = \"256MiB\"\n[swap]\ndirectories = [\"{TMPFS}\"]\nfree-space = \"0B\"\n");
-    lab.guest.ok(&format!("mkdir -m 0700 {TMPFS} && mount -t tmpfs -o size=4G,mode=0700 none {TMPFS}"))?;
-    lab.guest.write(SETTINGS, &settings)?;
-    let shown = none_is_taken(lab, TMPFS);
-    lab.guest.write(SETTINGS, &format!("{before}\n"))?;
-    lab.guest.ok(&format!("systemctl reload plimsolld.service; umount {TMPFS} && rmdir {TMPFS}"))?;
-    shown
+        format!("reserve = \"256MiB\"\n[swap]\ndirectories = [\"{PLACE}\"]\nfree-space = \"0B\"\n");
+    for (mount, why) in [
+        (format!("mount -t tmpfs -o size=4G,mode=0700 none {PLACE}"), "does not take it as swap"),
+        (format!("mount -t tmpfs -o size=20M,mode=0700 none {PLACE}"), "does not fit"),
+    ] {
+        lab.clean()?;
+        lab.guest.ok(&format!("mkdir -m 0700 {PLACE} && {mount}"))?;
+        lab.guest.write(SETTINGS, &settings)?;
+        let shown = none_is_taken(lab, PLACE, why);
+        lab.guest.write(SETTINGS, &format!("{before}\n"))?;
+        lab.guest.ok(&format!("systemctl reload plimsolld.service; umount {PLACE} && rmdir {PLACE}"))?;
+        shown?;
+    }
+    Ok(())
 }
 
-fn none_is_taken(lab: &Lab, directory: &str) -> Result<()> {
+fn none_is_taken(lab: &Lab, directory: &str, why: &str) -> Result<()> {
     let monster =
         Config::new("monster", 8002).priority(80).with("oversize = \"swap\"").with("workload = \"batch\"");
     lab.configure(&[Config::new("rival-a", 8001).priority(40), monster])?;
     let done = lab.guest.run("plimsoll swap add 32MiB")?;
-    ensure!(
-        done.code == 1 && done.stderr.contains("does not take it as swap"),
-        "{}: {}",
-        done.code,
-        done.all()
-    );
+    ensure!(done.code == 1 && done.stderr.contains(why), "{}: {}", done.code, done.all());
     lab.serve("rival-a", 8001)?;
     let main = lab.main_pid("rival-a")?;
-    lab.refused("monster", 75, &["does not take it as swap"])?;
+    // Where there is no room for one, none is planned.
+    let said = if why == "does not fit" { "short" } else { why };
+    lab.refused("monster", 75, &[said])?;
     ensure!(lab.main_pid("rival-a")? == main, "rival-a was stopped for nothing");
     let left = lab.guest.ok(&format!("ls -A {directory}; tail -n +2 /proc/swaps"))?;
     ensure!(left.is_empty(), "something is left: {left}");
@@ -136,4 +141,26 @@ pub fn one_larger_than_memory_swaps(lab: &mut Lab) -> Result<()> {
     lab.guest.wait_until("the swapfile is gone", PATIENCE, &format!("! ls {DIRECTORY}/*.swap"))?;
     none_left(lab)?;
     lab.no_oom_kill()
+}
+
+/// What a swapfile holds does not fit in memory when it is to go: it stays in use, the removal is tried again, and once
+/// there is room it is gone.
+pub fn one_that_has_no_room_to_come_back_stays(lab: &mut Lab) -> Result<()> {
+    // With strict accounting of almost nothing but swap, the kernel has no room for what it would read back: ENOMEM.
+    lab.configure(&[])?;
+    lab.guest.ok(
+        "systemctl stop plimsolld.service; systemctl start plimsoll-swap@add-plan-2147483648-1.service && \
+         sysctl -q vm.overcommit_kbytes=4096 vm.overcommit_memory=2; systemctl start plimsolld.service",
+    )?;
+    let deferred = lab.guest.wait_until(
+        "the removal fails",
+        PATIENCE,
+        "journalctl -b -o cat -u 'plimsoll-swap@remove-*' | grep 'does not fit in memory'",
+    );
+    let left = swap(lab);
+    lab.guest.ok("sysctl -q vm.overcommit_memory=0 vm.overcommit_ratio=50")?;
+    deferred?;
+    ensure!(left?.areas.iter().any(|area| area.active), "it is out of use");
+    lab.guest.wait_until("it is gone", PATIENCE, &format!("! ls {DIRECTORY}/*.swap"))?;
+    none_left(lab)
 }
