@@ -8,6 +8,8 @@ use crate::gguf::{Array, Model, TensorType};
 
 /// llama.cpp's limit on layers.
 const MAX_LAYERS: u64 = 512;
+/// llama.cpp's limit on the experts of a layer (`LLAMA_MAX_EXPERTS`, as of b10448).
+const MAX_EXPERTS: u64 = 1024;
 /// No dimension of a real model comes near; everything stays far from overflowing.
 const MAX_DIMENSION: u64 = 1 << 32;
 
@@ -154,10 +156,11 @@ impl Keys<'_> {
     }
 
     fn need(&self, key: &str) -> Result<u64, FitError> {
-        self.get(key).ok_or_else(|| FitError::Metadata {
-            key: format!("{}.{key}", self.model.architecture()),
-            problem: "is missing or no sensible number".to_owned(),
-        })
+        self.get(key).ok_or_else(|| self.wrong(key, "is missing or no sensible number".to_owned()))
+    }
+
+    fn wrong(&self, key: &str, problem: String) -> FitError {
+        FitError::Metadata { key: format!("{}.{key}", self.model.architecture()), problem }
     }
 
     fn list(&self, key: &str) -> Option<Vec<u64>> {
@@ -172,10 +175,7 @@ impl Keys<'_> {
         }
         match self.list(key) {
             Some(list) if list.len() >= layers => Ok(list),
-            Some(list) => Err(FitError::Metadata {
-                key: format!("{}.{key}", self.model.architecture()),
-                problem: format!("has {} elements for {layers} layers", list.len()),
-            }),
+            Some(list) => Err(self.wrong(key, format!("has {} elements for {layers} layers", list.len()))),
             None => Ok(default.to_vec()),
         }
     }
@@ -201,11 +201,7 @@ impl Facts {
         let block_count = keys.need("block_count")?;
         let nextn = keys.get("nextn_predict_layers").unwrap_or(0);
         if block_count == 0 || block_count > MAX_LAYERS || nextn > block_count {
-            let key = format!("{architecture}.block_count");
-            return Err(FitError::Metadata {
-                key,
-                problem: format!("is {block_count}, not 1 to {MAX_LAYERS}"),
-            });
+            return Err(keys.wrong("block_count", format!("is {block_count}, not 1 to {MAX_LAYERS}")));
         }
         let all = usize::try_from(block_count).unwrap_or(0);
         let count = usize::try_from(block_count - nextn).unwrap_or(0);
@@ -364,6 +360,14 @@ fn layers(keys: &Keys, arch: &Arch, all: usize, count: usize) -> Result<Vec<Laye
     let feed_forward = keys.each("feed_forward_length", all, &none)?;
     let expert_feed_forward = keys.each("expert_feed_forward_length", all, &none)?;
     let experts_used = keys.each("expert_used_count", all, &none)?;
+    let experts = keys.get("expert_count").unwrap_or(0);
+    // The engine aborts on either.
+    if experts > MAX_EXPERTS {
+        return Err(keys.wrong("expert_count", format!("is {experts}, more than {MAX_EXPERTS}")));
+    }
+    if let Some(used) = experts_used.iter().find(|used| **used > experts) {
+        return Err(keys.wrong("expert_used_count", format!("is {used} of {experts} experts")));
+    }
     let recurrent = recurrent(keys, arch, all, count, &kv_heads, &feed_forward);
     let windowed = windowed(keys, arch, all, count, &recurrent);
     let shared_from = match arch.shared_from {
