@@ -17,7 +17,7 @@ use crate::ledger::{Charges, FileId, GpuKind, Machine, Phase, Pool, Reservation,
 pub const STOP: u64 = 2000;
 /// What seeing it and killing a control group takes: the shortest look and what cgroup.kill took for 1.2 GB (22 ms),
 /// with room; milliseconds.
-const REACT: u64 = 150;
+pub const REACT: u64 = 150;
 /// The longest time between two looks while there is something to look at, and that of the daemon's own pulse:
 /// whoever has that much time needs no other wake-up; milliseconds.
 const PULSE: u64 = 30_000;
@@ -38,6 +38,8 @@ pub struct Gauge {
     pub falling: Bytes,
     /// How fast it goes down in all; bytes per second.
     pub falling_in_all: Bytes,
+    /// What models that load were promised and have not taken yet: it may go at any rate.
+    pub promised: Bytes,
 }
 
 impl Gauge {
@@ -59,19 +61,33 @@ impl Gauge {
 pub fn gauge(machine: &Machine, holders: &BTreeMap<Instance, Reservation>, falling: Bytes) -> Gauge {
     let available = machine.memory.available;
     let falling_in_all = machine.pressure.falling;
-    Gauge { headroom: available - mapped(holders, &[]), available, falling, falling_in_all }
+    let headroom = available - mapped(holders, &[]);
+    Gauge { headroom, available, falling, falling_in_all, promised: promised(machine, holders) }
+}
+
+/// What models that load have not taken yet of what they were promised.
+fn promised(machine: &Machine, holders: &BTreeMap<Instance, Reservation>) -> Bytes {
+    let rest = |r: &Reservation| {
+        let (p, m) = (&r.predicted, &r.measured);
+        let mapped = if r.streams { Bytes::ZERO } else { p.mapped_bytes() - m.file };
+        p.private - m.unreclaimable() + (unified(machine, &p.gpus) - unified(machine, &m.gpus)) + mapped
+    };
+    holders.values().filter(|r| r.phase == Phase::Loading).map(rest).sum()
+}
+
+/// What lies in GPU pools that are system memory.
+fn unified(machine: &Machine, gpus: &[Bytes]) -> Bytes {
+    let counts = |n: &usize| machine.gpus.get(*n).is_none_or(|gpu| gpu.kind == GpuKind::Unified);
+    (0..gpus.len()).filter(counts).map(|n| gpus[n]).sum()
 }
 
 /// What is used of memory beyond what models were promised and hold of it: its growth is nobody's that was planned.
 #[must_use]
 pub fn beyond(machine: &Machine, holders: &BTreeMap<Instance, Reservation>) -> Bytes {
-    let unified = |gpus: &[Bytes]| -> Bytes {
-        let counts = |n: &usize| machine.gpus.get(*n).is_none_or(|gpu| gpu.kind == GpuKind::Unified);
-        (0..gpus.len()).filter(counts).map(|n| gpus[n]).sum()
-    };
     let planned = |r: &Reservation| {
         let (p, m) = (&r.predicted, &r.measured);
-        m.unreclaimable().min(p.private + p.mapped_bytes()) + unified(&m.gpus).min(unified(&p.gpus))
+        m.unreclaimable().min(p.private + p.mapped_bytes())
+            + unified(machine, &m.gpus).min(unified(machine, &p.gpus))
     };
     (machine.memory.total - machine.memory.available) - holders.values().map(planned).sum()
 }
@@ -105,15 +121,10 @@ pub fn gain(
     gone: &[&Instance],
 ) -> Bytes {
     let of = || gone.iter().filter_map(|instance| holders.get(*instance));
-    let gpu = |r: &Reservation, n: usize| r.measured.gpus.get(n).copied().unwrap_or_default();
     if let Pool::Gpu(n) = pool {
-        return of().map(|r| gpu(r, n)).sum();
+        return of().map(|r| r.measured.gpus.get(n).copied().unwrap_or_default()).sum();
     }
-    let unified = |n: &usize| machine.gpus.get(*n).is_none_or(|gpu| gpu.kind == GpuKind::Unified);
-    let own = |r: &Reservation| {
-        let gpus: Bytes = (0..r.measured.gpus.len()).filter(unified).map(|n| gpu(r, n)).sum();
-        r.measured.unreclaimable() + gpus
-    };
+    let own = |r: &Reservation| r.measured.unreclaimable() + unified(machine, &r.measured.gpus);
     of().map(own).sum::<Bytes>() + (mapped(holders, &[]) - mapped(holders, gone))
 }
 
@@ -128,7 +139,9 @@ pub fn gain(
 pub fn level(before: Level, gauge: &Gauge, reserve: Bytes) -> Level {
     let last = gauge.lost_within(REACT);
     let act = reserve.mul_div(1, 2).max(gauge.lost_within(STOP + STOP / 2).min(reserve)).max(last);
-    let critical = reserve.mul_div(1, 8).max(gauge.lost_within(STOP).min(reserve)).max(last);
+    // What loads was promised its memory; that it takes the last of it as fast as a disk reads is a danger all the same.
+    let at_once = gauge.falling_in_all.mul_div(REACT, 1000);
+    let critical = reserve.mul_div(1, 8).max(gauge.lost_within(STOP).min(reserve)).max(at_once);
     let is = |level, within: bool| if within { level } else { Level::Calm };
     let stays = |level: Level, within: bool| is(level, before >= level && within);
     [
@@ -198,7 +211,7 @@ pub fn look_again(machine: &Machine, gauge: &Gauge, level: Level, reserve: Bytes
         measured => measured,
     };
     let fastest = fastest.max(gauge.falling_in_all).0.max(1);
-    let room = gauge.headroom - reserve.mul_div(1, 2);
+    let room = gauge.headroom - gauge.promised - reserve.mul_div(1, 2);
     let shortest = if level == Level::Critical { 20 } else { 50 };
     let time = room.mul_div(1000, fastest).0.max(shortest);
     let waits = machine.pressure.some.is_some_and(|some| some >= WAITING) && gauge.headroom < reserve * 2;
@@ -214,7 +227,7 @@ mod tests {
     const RESERVE: Bytes = Bytes::gib(4);
 
     fn at(headroom: Bytes, falling: Bytes) -> Gauge {
-        Gauge { headroom, available: headroom, falling, falling_in_all: falling }
+        Gauge { headroom, available: headroom, falling, falling_in_all: falling, ..Gauge::default() }
     }
 
     #[test]

@@ -31,7 +31,14 @@ fn breach(s: &Simulation, evidence: &Evidence) -> Option<String> {
         holders.iter().filter(|(_, r)| r.phase == Phase::Stopping).map(|(i, _)| frees(i)).sum::<Bytes>();
     let needed = relief.needed_bytes - coming;
     let fresh = |r: &Reservation| r.phase == Phase::Loading || now < r.ready + 60_000;
-    let idle = |r: &Reservation| !fresh(r) && now >= r.last_used + 10_000;
+    // What an engine said a moment ago counts more than when it last computed.
+    let said_idle = |instance: &Instance| {
+        let busy = machine.units.get(instance)?.busy?;
+        (now < busy.at + 5000).then_some(busy.requests == 0)
+    };
+    let idle = |instance: &Instance, r: &Reservation| {
+        !fresh(r) && said_idle(instance).unwrap_or(now >= r.last_used + 10_000)
+    };
     let worth =
         |instance: &Instance| frees(instance) >= s.core.rules().reserve.mul_div(1, 16).max(Bytes::mib(1));
     let others = || {
@@ -46,11 +53,15 @@ fn breach(s: &Simulation, evidence: &Evidence) -> Option<String> {
         return said("just loaded, and no danger");
     }
     let suffices = |(instance, _): &(&Instance, &Reservation)| frees(instance) >= needed;
-    if !idle(its) && !its.expired(now) && others().filter(suffices).any(|(_, r)| idle(r) && !r.pinned) {
+    if !idle(victim, its)
+        && !its.expired(now)
+        && others().filter(suffices).any(|(i, r)| idle(i, r) && !r.pinned)
+    {
         return said("busy, and an idle one suffices");
     }
-    let gentler = |r: &Reservation| !r.pinned && (idle(r) || (!idle(its) && !fresh(r)));
-    if frees(victim) < needed && !its.pinned && others().filter(suffices).any(|(_, r)| gentler(r)) {
+    let gentler =
+        |i: &Instance, r: &Reservation| !r.pinned && (idle(i, r) || (!idle(victim, its) && !fresh(r)));
+    if frees(victim) < needed && !its.pinned && others().filter(suffices).any(|(i, r)| gentler(i, r)) {
         return said("not enough, and another one suffices");
     }
     None

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// A way that takes longer is cut off: from the command to the last token.
-const LIMIT: Duration = Duration::from_secs(180);
+const LIMIT: Duration = Duration::from_secs(300);
 /// What the disks give, together, in bytes a second. The emulated engine answers at about 8 tokens a second when
 /// all is in memory, of which each touches 105 MB: this is 8 % of that, as 7 GB/s of an NVMe disk are beside two
 /// channels of DDR5.

@@ -55,7 +55,7 @@ const KILL: &str =
 /// `kill -9` of the daemon at each step of one run: the one after it goes on where it was.
 pub fn the_daemon_is_killed_at_each_step(lab: &mut Lab) -> Result<()> {
     const STEPS: [&str; 4] =
-        ["of cold page cache", "making a swapfile", "stopping rival-a", "load_model: loading"];
+        ["making a swapfile", "of cold page cache", "stopping rival-a", "load_model: loading"];
     let [rival, monster] = models();
     lab.configure(&[rival, monster, Config::new("large", 8003)])?;
     lab.serve("rival-a", 8001)?;

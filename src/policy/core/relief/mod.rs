@@ -13,7 +13,7 @@ use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{FileId, Machine, Phase, Pool, Reservation, SwapOwner, swapfile_bytes};
 use crate::policy::decision::{Decision, Kind, Level, Relief, Rescue};
-use crate::policy::pressure::{self, Gauge, STOP, WAITING, beyond, gain};
+use crate::policy::pressure::{self, Gauge, REACT, STOP, WAITING, beyond, gain};
 use crate::policy::request::Mode;
 
 /// How long a stop is waited for while the machine is in no danger; milliseconds.
@@ -272,7 +272,7 @@ impl Core {
         let gauge = self.afloat.gauge;
         let late = |since: u64| {
             let elapsed = now.saturating_sub(since);
-            elapsed >= STOP || gauge.is_gone_within(STOP - elapsed)
+            elapsed >= STOP || gauge.is_gone_within(STOP - elapsed + REACT)
         };
         let worth = |instance: &Instance| {
             let freed = gain(machine, &self.holders, shortage.pool, &[instance]);

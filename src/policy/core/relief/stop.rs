@@ -10,7 +10,7 @@ use crate::policy::core::activity::DRAIN_STEP;
 use crate::policy::core::{Action, Core, Effect, Owed};
 use crate::policy::decision::{Level, Rescue};
 use crate::policy::evict::{Candidate, Use, choose};
-use crate::policy::pressure::{STOP, gain};
+use crate::policy::pressure::{REACT, STOP, gain};
 use crate::policy::request::Mode;
 
 impl Core {
@@ -166,7 +166,7 @@ impl Core {
     ) {
         let gauge = self.afloat.gauge;
         // A stop would not be in time.
-        let at_once = shortage.level == Level::Critical && gauge.is_gone_within(STOP);
+        let at_once = shortage.level == Level::Critical && gauge.is_gone_within(STOP + REACT);
         let rescue = match harm {
             _ if at_once => Rescue::Kill,
             Harm::Expired => Rescue::Expire,
