@@ -87,8 +87,8 @@ fn machines(ladder: bool) -> impl Strategy<Value = (String, usize)> {
 }
 
 /// As many as PROPTEST_CASES says, else so many as take a few seconds.
-fn config() -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(1000);
+fn config(few: u32) -> ProptestConfig {
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(few);
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
@@ -172,13 +172,18 @@ fn schedules(strain: bool) -> impl Strategy<Value = (String, Vec<Deed>)> {
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(config(1000))]
 
     #[test]
     fn the_invariants_hold((text, deeds) in schedules(false)) {
         play(&text, &deeds)?;
     }
+}
 
+proptest! {
+    #![proptest_config(config(60))]
+
+    // Memory that falls is looked at twenty times a second: each takes many times as long.
     #[test]
     fn the_invariants_hold_under_strain((text, deeds) in schedules(true)) {
         play(&text, &deeds)?;
