@@ -80,10 +80,16 @@ pub struct PageCache {
 }
 
 /// What is done when memory runs short though nobody asked for any.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct PressureSettings {
     /// Whether the pressure ladder acts.
     pub ladder: bool,
+}
+
+impl Default for PressureSettings {
+    fn default() -> Self {
+        Self { ladder: true }
+    }
 }
 
 /// Where an engine comes from.
@@ -225,7 +231,7 @@ fn read_page_cache(table: Table, problems: &mut Vec<Problem>) -> PageCache {
 
 fn read_pressure(table: Table, problems: &mut Vec<Problem>) -> PressureSettings {
     let mut r = Reader::new(table, problems);
-    let ladder = r.read("ladder", reader::boolean).unwrap_or_default();
+    let ladder = r.read("ladder", reader::boolean).unwrap_or(PressureSettings::default().ladder);
     r.finish(|_| None);
     PressureSettings { ladder }
 }

@@ -4,6 +4,7 @@ mod bus;
 mod fit;
 mod oversized;
 mod peers;
+mod pressure;
 mod swapfiles;
 
 use crate::lab::{Config, Lab};
@@ -30,12 +31,15 @@ pub struct BenchOptions {
     #[arg(long)]
     pub no_vm: bool,
     /// Only the parts with this in their name; may be repeated. Here: header, estimates, planner, plans. In
-    /// the virtual machine: daemon, swapfiles, oversized
+    /// the virtual machine: daemon, swapfiles, oversized, pressure
     #[arg(long, value_name = "PATTERN")]
     pub only: Vec<String>,
     /// Take plimsoll and plimsolld from this directory instead of building a release of them
     #[arg(long, value_name = "DIR")]
     pub programs: Option<PathBuf>,
+    /// Of pressure
+    #[command(flatten)]
+    pub pressure: pressure::Options,
     /// How to boot
     #[command(flatten)]
     pub machine: MachineOptions,
@@ -45,7 +49,8 @@ pub struct BenchOptions {
 }
 
 /// The parts, in their order.
-const PARTS: [&str; 7] = ["header", "estimates", "planner", "plans", "daemon", "swapfiles", "oversized"];
+const PARTS: [&str; 8] =
+    ["header", "estimates", "planner", "plans", "daemon", "swapfiles", "oversized", "pressure"];
 /// So many of them need no virtual machine.
 const HERE: usize = 4;
 
@@ -93,6 +98,10 @@ pub fn bench(options: &BenchOptions) -> Result<()> {
     }
     if wanted("oversized") {
         oversized::bench(options, &programs)?;
+    }
+    if wanted("pressure") {
+        let lab = boot(options, &programs, &options.machine, &models::ensure_disk()?)?;
+        pressure::bench(&lab, &options.pressure)?;
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 use crate::lab::{Config, Lab, PATIENCE};
 use anyhow::{Result, ensure};
 use plimsoll::bytes::Bytes;
+use std::time::Duration;
 
 /// The eater stays so long.
 const MEAL: u64 = 40;
@@ -46,6 +47,100 @@ fn meal_ends(lab: &Lab) -> Result<()> {
     let result = lab.guest.ok("systemctl show --value -p Result eater.service")?;
     ensure!(result == "success", "the eater ended with {result}\n{}", lab.guest.evidence());
     Ok(())
+}
+
+/// An eater makes exactly the lowest idle model go and the kernel kills nothing; the journal names the eater; the model
+/// returns afterwards.
+pub fn an_eater_makes_the_lowest_go(lab: &mut Lab) -> Result<()> {
+    lab.bring_strain()?;
+    let available = idle_models(lab)?;
+    let before = lab.main_pids(&["mid", "small"])?;
+    let cursor = lab.guest.journal_cursor()?;
+    // More than there is without using up the reserve, and less than with what twin holds.
+    eat(lab, available - Bytes::mib(40))?;
+    lab.guest.wait_until("twin goes", PATIENCE, "! systemctl is-active --quiet llm@twin.service")?;
+    meal_ends(lab)?;
+    ensure!(lab.main_pids(&["mid", "small"])? == before, "others were restarted\n{}", lab.guest.evidence());
+    lab.no_oom_kill()?;
+    let journal = lab.guest.journal_since(&cursor, "-u plimsolld.service")?;
+    ensure!(journal.contains("eater.service"), "the journal does not name the eater:\n{journal}");
+    lab.guest.wait_until("twin returns", PATIENCE, "systemctl is-active --quiet llm@twin.service")?;
+    lab.guest.completion(8001).map(|_| ())
+}
+
+/// Disk load, an mmap reader under a limit of its own and tmpfs within budget are no reason to stop anybody.
+pub fn load_that_fits_evicts_nobody(lab: &mut Lab) -> Result<()> {
+    calm(lab, Duration::from_secs(90))
+}
+
+/// The same for any length of time.
+pub fn calm(lab: &Lab, length: Duration) -> Result<()> {
+    let names = ["twin", "small"];
+    lab.configure(&[
+        unmapped(Config::new("twin", 8001).priority(30)),
+        Config::new("small", 8003).priority(80),
+    ])?;
+    lab.serve("twin", 8001)?;
+    lab.serve("small", 8003)?;
+    let before = lab.main_pids(&names)?;
+    let cursor = lab.guest.journal_cursor()?;
+    // Longer than it is looked at, so that it is under way to the end.
+    let limit = length.as_secs() + 120;
+    lab.guest.ok(&format!(
+        "systemctl reset-failed 2>/dev/null; \
+         systemd-run --quiet --unit=load-disk -p RuntimeMaxSec={limit} sh -c 'while :; do \
+           dd if=/dev/vdb of=/dev/null bs=1M count=600 status=none; dd if=/dev/zero of=/var/tmp/load bs=1M count=200 conv=fsync status=none; done'; \
+         systemd-run --quiet --unit=load-reader -p RuntimeMaxSec={limit} -p MemoryHigh=200M \
+           llama-server -m /srv/models/large.gguf -c 512 --port 8009 --no-warmup; \
+         systemd-run --quiet --unit=load-tmpfs -p RuntimeMaxSec={limit} sh -c \
+           'dd if=/dev/urandom of=/dev/shm/load bs=1M count=150 status=none; exec sleep {limit}'"
+    ))?;
+    // The reader touches what it has mapped, over and over.
+    lab.guest.ok(&format!(
+        "systemd-run --quiet --unit=load-asker -p RuntimeMaxSec={limit} sh -c 'while :; do curl -fsS --max-time 60 -o /dev/null \
+         -H \"Content-Type: application/json\" -d \"{{\\\"prompt\\\":\\\"load\\\",\\\"n_predict\\\":8}}\" \
+         http://127.0.0.1:8009/completion || sleep 1; done'"
+    ))?;
+    std::thread::sleep(length);
+    let full = lab
+        .guest
+        .ok("cat /proc/pressure/memory /sys/fs/cgroup/system.slice/load-reader.service/memory.pressure")?;
+    println!("          pressure at the end: {}", full.replace('\n', " | "));
+    lab.guest
+        .ok("systemctl stop load-disk load-reader load-asker load-tmpfs 2>/dev/null; rm -f /dev/shm/load /var/tmp/load; true")?;
+    for (name, pid) in &before {
+        ensure!(lab.main_pid(name)? == *pid, "{name} was restarted\n{}", lab.guest.evidence());
+    }
+    let journal = lab.guest.journal_since(&cursor, "-u plimsolld.service")?;
+    ensure!(!journal.contains("is stopped"), "somebody was stopped:\n{journal}");
+    lab.no_oom_kill()
+}
+
+/// An engine that ignores SIGTERM while memory runs out is killed, and does not come back while the memory is gone.
+pub fn a_stubborn_one_is_killed(lab: &mut Lab) -> Result<()> {
+    lab.bring_strain()?;
+    lab.configure(&[Config::new("small", 8003).priority(80)])?;
+    lab.guest.write(
+        "/etc/plimsoll/models.d/stubborn.toml",
+        &format!(
+            "command = [\"/bin/sh\", \"-c\", \"trap '' TERM; exec {} engine --bytes 300MiB --port {{port}}\"]\n\
+             memory = \"320MiB\"\nport = 8001\npriority = 10\n",
+            Lab::STRAIN
+        ),
+    )?;
+    lab.guest.ok("systemctl reload plimsolld.service")?;
+    let started = lab.start("stubborn")?;
+    ensure!(started.code == 0, "{}\n{}", started.all(), lab.guest.evidence());
+    lab.serve("small", 8003)?;
+    let before = lab.main_pids(&["small"])?;
+    let pid = lab.main_pid("stubborn")?;
+    eat(lab, lab.available()? - Bytes::mib(40))?;
+    lab.guest.wait_until("the stubborn one is gone", PATIENCE, &format!("! test -d /proc/{pid}"))?;
+    let away = "! systemctl is-active --quiet llm@stubborn.service";
+    meal_ends(lab)?;
+    lab.guest.ok(away)?;
+    ensure!(lab.main_pids(&["small"])? == before, "small was restarted\n{}", lab.guest.evidence());
+    lab.no_oom_kill()
 }
 
 /// The daemon's first thread, which its loop runs on, is frozen (as if it hung): the last rung kills in its place, and

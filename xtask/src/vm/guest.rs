@@ -240,6 +240,11 @@ impl Guest {
         self.wait_for_boot(Some(&before))
     }
 
+    /// The port of 127.0.0.1 at which its sshd greets.
+    pub fn ssh_port(&self) -> u16 {
+        self.machine.ssh_port
+    }
+
     /// An HTTP request to a forwarded port of the guest: status and body.
     pub fn http(&self, port: u16, path: &str, body: Option<&str>) -> Result<(u16, String)> {
         let here = self.machine.forwarded_port(port)?;

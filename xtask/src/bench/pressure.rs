@@ -1,0 +1,340 @@
+//! Something eats the guest's memory while models idle: Plimsoll beside earlyoom and systemd-oomd of the distribution.
+//!
+//! The eater is bounded by what models can give back: it takes all that is available but 64 MiB, and one model gone is
+//! enough for it. The line for all three is a tenth of memory, which is where earlyoom acts of its own accord; what
+//! happens is judged by a process in the guest that looks every 5 ms. The engines hold memory of their own that can't
+//! be compressed, and answer on a health page; nothing else of a real one matters here.
+
+use crate::lab::{Lab, PATIENCE};
+use crate::scenarios::pressure::calm;
+use anyhow::{Context, Result, ensure};
+use plimsoll::bytes::Bytes;
+use serde_json::Value;
+use std::fmt;
+use std::io::Read;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// What is measured.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// Of pressure: how often each case is run
+    #[arg(long, default_value_t = 5, value_name = "RUNS")]
+    pub runs: usize,
+    /// Of pressure: only the protector with this in its name (plimsoll, earlyoom, systemd-oomd)
+    #[arg(long, value_name = "NAME")]
+    pub protector: Option<String>,
+    /// Of pressure: for how long a load that fits has to leave everybody alone; 0 leaves it out
+    #[arg(long, default_value_t = 0, value_name = "MINUTES")]
+    pub calm_minutes: u64,
+}
+
+/// Names, ports, priorities: the first one is the least important.
+const MODELS: [(&str, u16, u8); 3] = [("low", 8001, 10), ("middle", 8002, 50), ("high", 8003, 90)];
+/// What each holds.
+const EACH: Bytes = Bytes::mib(220);
+/// What the eater leaves of what is available.
+const LEFT: Bytes = Bytes::mib(64);
+/// How long it stays.
+const MEAL: u64 = 5;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Protector {
+    Plimsoll,
+    Earlyoom,
+    Oomd,
+}
+
+impl Protector {
+    const ALL: [Self; 3] = [Self::Plimsoll, Self::Earlyoom, Self::Oomd];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Plimsoll => "plimsoll",
+            Self::Earlyoom => "earlyoom",
+            Self::Oomd => "systemd-oomd",
+        }
+    }
+
+    fn unit(self) -> &'static str {
+        match self {
+            Self::Plimsoll => "plimsolld.service",
+            Self::Earlyoom => "earlyoom.service",
+            Self::Oomd => "systemd-oomd.service",
+        }
+    }
+}
+
+/// One run.
+#[derive(Debug, Default)]
+struct Run {
+    /// From the deficit to the first process gone; negative: before the line was crossed. None: nothing was stopped.
+    action_msec: Option<i64>,
+    gone: Vec<String>,
+    oom_kills: u64,
+    over_half_msec: u64,
+    greetings: Vec<Duration>,
+    orphans: u64,
+}
+
+/// All of them, as rows of a table.
+pub fn bench(lab: &Lab, options: &Options) -> Result<()> {
+    lab.bring_strain()?;
+    if options.calm_minutes > 0 {
+        calm(lab, Duration::from_secs(options.calm_minutes * 60))?;
+        println!(
+            "{} minutes of disk load, a throttled mmap reader and tmpfs: nobody was stopped",
+            options.calm_minutes
+        );
+    }
+    if options.runs == 0 {
+        return Ok(());
+    }
+    configure(lab)?;
+    println!("sshd's greeting while nothing happens: p99 {} ms", millis(quantile(&idle_greetings(lab)?, 99)));
+    println!(
+        "| protector | swap | eater | gone (runs) | action after the deficit, ms: median, p99 | kernel OOM kills | full PSI > 50 %, s at most | sshd p99, ms | orphans |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|");
+    for swap in [false, true] {
+        set_swap(lab, swap)?;
+        for (rate, eater) in [(Bytes(200_000_000), "200 MB/s"), (Bytes::ZERO, "full speed")] {
+            for protector in Protector::ALL {
+                if options
+                    .protector
+                    .as_ref()
+                    .is_some_and(|wanted| !protector.name().contains(wanted.as_str()))
+                {
+                    continue;
+                }
+                let runs: Vec<Run> = (0..options.runs)
+                    .map(|_| once(lab, protector, rate))
+                    .collect::<Result<_>>()
+                    .with_context(|| format!("{} with swap {swap} at {eater}", protector.name()))?;
+                let swap = if swap { "512 MiB" } else { "none" };
+                println!("| {} | {swap} | {eater} | {} |", protector.name(), Cells(&runs));
+            }
+        }
+    }
+    set_swap(lab, false)?;
+    protect_by(lab, Protector::Plimsoll)
+}
+
+fn configure(lab: &Lab) -> Result<()> {
+    lab.configure(&[])?;
+    for (name, _, priority) in MODELS {
+        let port = MODELS.iter().find(|model| model.0 == name).map_or(0, |model| model.1);
+        let toml = format!(
+            "command = [\"{}\", \"engine\", \"--bytes\", \"{}\", \"--port\", \"{{port}}\"]\n\
+             memory = \"{}\"\nport = {port}\npriority = {priority}\n",
+            Lab::STRAIN,
+            EACH.0,
+            (EACH + Bytes::mib(16)).0
+        );
+        lab.guest.write(&format!("/etc/plimsoll/models.d/{name}.toml"), &toml)?;
+    }
+    // systemd-oomd does nothing without being told what for: what its own documentation recommends.
+    for slice in ["-.slice", "system.slice", "llm.slice"] {
+        let keys = match slice {
+            "-.slice" => "ManagedOOMSwap=kill",
+            _ => "ManagedOOMMemoryPressure=kill\nManagedOOMMemoryPressureLimit=50%",
+        };
+        lab.guest
+            .write(&format!("/etc/systemd/system/{slice}.d/oomd.conf"), &format!("[Slice]\n{keys}\n"))?;
+    }
+    lab.guest.ok("systemctl daemon-reload && systemctl reload plimsolld.service").map(|_| ())
+}
+
+fn set_swap(lab: &Lab, on: bool) -> Result<()> {
+    let script = if on {
+        "test -e /swapfile || { fallocate -l 512M /swapfile && chmod 0600 /swapfile && mkswap -q /swapfile; }; swapon /swapfile"
+    } else {
+        "swapoff -a; true"
+    };
+    lab.guest.ok_within(script, PATIENCE).map(|_| ())
+}
+
+/// All models run, and exactly this one protects the machine.
+fn protect_by(lab: &Lab, protector: Protector) -> Result<()> {
+    lab.guest.ok_within(
+        "systemctl stop earlyoom.service systemd-oomd.service systemd-oomd.socket 2>/dev/null; systemctl reset-failed; \
+         systemctl start plimsolld.service && for name in low middle high; do systemctl start llm@$name.service || exit; done; \
+         test $(systemctl is-active llm@low llm@middle llm@high | grep -cx active) = 3",
+        PATIENCE,
+    )?;
+    if protector != Protector::Plimsoll {
+        lab.guest.ok_within(
+            &format!("systemctl stop plimsolld.service && systemctl start {}", protector.unit()),
+            PATIENCE,
+        )?;
+    }
+    lab.guest.wait_until(
+        "it protects",
+        PATIENCE,
+        &format!("systemctl is-active --quiet {}", protector.unit()),
+    )
+}
+
+fn once(lab: &Lab, protector: Protector, rate: Bytes) -> Result<Run> {
+    protect_by(lab, protector)?;
+    let guest = &lab.guest;
+    let total: u64 = guest.ok("awk '/^MemTotal:/ {print $2}' /proc/meminfo")?.parse()?;
+    let line = Bytes(total * 1024 / 10);
+    let mut processes = String::new();
+    for (name, ..) in MODELS {
+        processes.push_str(&format!(" {name}={}", lab.main_pid(name)?));
+    }
+    let before = guest.ok(&format!("systemctl show --value -p MainPID {}", protector.unit()))?;
+    // Nothing of the last run is left that could look like this one's.
+    let available = lab.available()?;
+    guest.ok("rm -f /run/fed /run/watch.json; systemctl reset-failed eater.service watch.service 2>/dev/null; true")?;
+    let eater = format!(
+        "systemd-run --quiet --unit=eater -p StandardOutput=journal {} eat --bytes {} --rate {} --hold {MEAL}",
+        Lab::STRAIN,
+        (available - LEFT).0,
+        rate.0
+    );
+    let (port, done) = (guest.ssh_port(), AtomicBool::new(false));
+    let (said, greetings) = std::thread::scope(|scope| -> Result<_> {
+        let asking = scope.spawn(|| greetings(port, &done));
+        let said = (|| {
+            guest.ok(&format!(
+                "systemd-run --quiet --unit=watch -p OOMScoreAdjust=-1000 -p Nice=-15 -p LimitMEMLOCK=infinity \
+                 -p StandardOutput=file:/run/watch.json {} watch --line {} --until /run/fed{processes} \
+                   eater=$({eater}; systemctl show --value -p MainPID eater.service)",
+                Lab::STRAIN,
+                line.0,
+            ))?;
+            guest.wait_until("the meal is over", PATIENCE, "! systemctl is-active --quiet eater.service")?;
+            guest.ok("touch /run/fed")?;
+            guest.wait_until(
+                "the watcher has said what it saw",
+                PATIENCE,
+                "tail -n 1 /run/watch.json | grep -q oom_kills",
+            )?;
+            guest.ok("tail -n 1 /run/watch.json")
+        })();
+        done.store(true, Ordering::Relaxed);
+        let greetings = asking.join().ok().context("the thread that asks sshd panicked")?;
+        Ok((said?, greetings))
+    })?;
+    let seen: Value = serde_json::from_str(&said).with_context(|| format!("the watcher said {said}"))?;
+    let gone: Vec<(String, i64)> = seen["gone"]
+        .as_array()
+        .context("nothing on who is gone")?
+        .iter()
+        .filter_map(|one| Some((one["name"].as_str()?.to_owned(), one["at_msec"].as_i64()?)))
+        .collect();
+    let fed = guest.ok("systemctl show --value -p Result eater.service")? == "success";
+    // The eater's own end is nobody's action.
+    let gone: Vec<(String, i64)> = gone.into_iter().filter(|(name, _)| name != "eater" || !fed).collect();
+    let first = gone.first().map(|(_, at)| *at);
+    let deficit = seen["deficit_msec"].as_i64();
+    // A protector that had to be started again has not protected.
+    let after = guest.ok(&format!("systemctl show --value -p MainPID {}", protector.unit()))?;
+    ensure!(before == after, "{} was started anew\n{}", protector.name(), guest.evidence());
+    let orphans = guest.ok("for pid in $(pgrep -f 'strain engine'); do \
+           unit=$(sed -n 's,.*/\\(llm@[^/]*\\.service\\).*,\\1,p' /proc/$pid/cgroup 2>/dev/null); \
+           systemctl is-active --quiet \"${unit:-none.service}\" || echo $pid; done | wc -l")?;
+    Ok(Run {
+        action_msec: first.map(|at| deficit.map_or(0, |deficit| at - deficit)),
+        gone: gone.into_iter().map(|(name, _)| name).collect(),
+        oom_kills: seen["oom_kills"].as_u64().context("no kills")?,
+        over_half_msec: seen["over_half_msec"].as_u64().context("no pressure")?,
+        greetings,
+        orphans: orphans.trim().parse()?,
+    })
+}
+
+/// How long sshd takes to greet, from outside of the guest, again and again until `done`.
+fn greetings(port: u16, done: &AtomicBool) -> Vec<Duration> {
+    let mut all = Vec::new();
+    while !done.load(Ordering::Relaxed) {
+        let began = Instant::now();
+        if greet(port).is_some() {
+            all.push(began.elapsed());
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    all
+}
+
+fn greet(port: u16) -> Option<()> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(60))).ok()?;
+    let mut word = [0; 4];
+    stream.read_exact(&mut word).ok()?;
+    (&word == b"SSH-").then_some(())
+}
+
+fn idle_greetings(lab: &Lab) -> Result<Vec<Duration>> {
+    let (port, done) = (lab.guest.ssh_port(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| greetings(port, &done));
+        std::thread::sleep(Duration::from_secs(10));
+        done.store(true, Ordering::Relaxed);
+        asking.join().ok().context("the thread that asks sshd panicked")
+    })
+}
+
+fn quantile<T: Copy + Ord>(of: &[T], percent: usize) -> Option<T> {
+    let mut sorted = of.to_vec();
+    sorted.sort_unstable();
+    sorted.get((sorted.len() * percent / 100).min(sorted.len().saturating_sub(1))).copied()
+}
+
+fn millis(time: Option<Duration>) -> String {
+    time.map_or_else(|| "–".to_owned(), |time| time.as_millis().to_string())
+}
+
+/// The cells of a row behind those that name the case.
+struct Cells<'a>(&'a [Run]);
+
+impl fmt::Display for Cells<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let runs = self.0;
+        let mut kinds: Vec<(String, usize)> = Vec::new();
+        for run in runs {
+            let gone = if run.gone.is_empty() { "nobody".to_owned() } else { run.gone.join(" + ") };
+            match kinds.iter_mut().find(|(kind, _)| *kind == gone) {
+                Some((_, count)) => *count += 1,
+                None => kinds.push((gone, 1)),
+            }
+        }
+        let kinds: Vec<String> = kinds.into_iter().map(|(kind, count)| format!("{kind} ({count})")).collect();
+        let actions: Vec<i64> = runs.iter().filter_map(|run| run.action_msec).collect();
+        let number = |value: Option<i64>| value.map_or_else(|| "–".to_owned(), |value| value.to_string());
+        let kills: u64 = runs.iter().map(|run| run.oom_kills).sum();
+        let stalled = runs.iter().map(|run| run.over_half_msec).max().unwrap_or_default();
+        let greetings: Vec<Duration> = runs.iter().flat_map(|run| run.greetings.iter().copied()).collect();
+        write!(
+            f,
+            "{} | {}, {} | {kills} | {:.1} | {} | {}",
+            kinds.join(", "),
+            number(quantile(&actions, 50)),
+            number(quantile(&actions, 99)),
+            Duration::from_millis(stalled).as_secs_f64(),
+            millis(quantile(&greetings, 99)),
+            runs.iter().map(|run| run.orphans).sum::<u64>()
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_tells_who_went_how_often_and_when() {
+        let run = |gone: &[&str], action| Run {
+            gone: gone.iter().map(|name| (*name).to_owned()).collect(),
+            action_msec: action,
+            ..Run::default()
+        };
+        let runs =
+            [run(&["low"], Some(40)), run(&["low"], Some(-5)), run(&[], None), run(&["low"], Some(90))];
+        let row = Cells(&runs).to_string();
+        assert!(row.starts_with("low (3), nobody (1) | 40, 90 | 0 |"), "{row}");
+    }
+}
