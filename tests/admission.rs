@@ -384,7 +384,7 @@ fn one_larger_than_memory_streams_with_all_the_room_there_is_and_the_others_come
     assert_eq!(s.running(), ["c", "monster"]);
     let admitted = s.decisions.iter().rev().find(|d| d.kind == Kind::Admit).unwrap();
     let streamed = admitted.steps.iter().find_map(|step| match step {
-        Step::Stream { resident_bytes, mapped_bytes } => Some((*resident_bytes, *mapped_bytes)),
+        Step::Stream { resident_bytes, mapped_bytes, .. } => Some((*resident_bytes, *mapped_bytes)),
         _ => None,
     });
     assert_eq!(streamed, Some((Bytes::gib(74), Bytes::gib(158))), "{admitted:#?}");
@@ -395,6 +395,27 @@ fn one_larger_than_memory_streams_with_all_the_room_there_is_and_the_others_come
     assert_eq!(s.running(), ["c", "monster"]);
     s.stop("monster").run(120);
     assert_eq!(s.running(), ["a", "b", "c"], "the evicted are back");
+    sound(&s);
+}
+
+#[test]
+fn disks_are_read_ahead_by_an_expert_for_as_long_as_files_are_opened_to_stream_from() {
+    let monster = "monster = {priority=80, weights='158GiB', placement='mapped', private='10GiB', stream='20GiB', expert='3100KiB', load-seconds=20}";
+    let mut s = machine(&format!(
+        "{monster}\na = {{weights='40GiB', placement='mapped', priority=40, expert='3100KiB'}}"
+    ));
+    // It fits: nothing is read again and again.
+    s.start("a").run(5);
+    assert!(s.world.read_ahead.is_empty());
+    s.run(60).start("monster").run(10);
+    assert_eq!(s.world.read_ahead.values().collect::<Vec<_>>(), [&Bytes::mib(1)]);
+    // Whoever comes next knows what is still to be set back.
+    s.restart_daemon();
+    s.run(1);
+    assert_eq!(s.world.read_ahead.len(), 1);
+    s.run(60);
+    assert_eq!(s.running(), ["monster"]);
+    assert!(s.world.read_ahead.is_empty(), "it answers");
     sound(&s);
 }
 

@@ -197,6 +197,13 @@ fn mapped_weights_are_told_from_anonymous_ones() {
 }
 
 #[test]
+fn one_expert_of_a_tensor_lies_together() {
+    // 2048 by 768 in blocks of 34 bytes for 32.
+    assert_eq!(models()[0].expert_bytes(), 2048 * 768 / 32 * 34);
+    assert_eq!(models()[3].expert_bytes(), 0, "it has none");
+}
+
+#[test]
 fn replaced_metadata_is_bounded_or_unknown() {
     let coder = &models()[0];
     let with = |overrides: &str| {

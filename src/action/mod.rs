@@ -8,6 +8,7 @@ pub mod kernel;
 pub mod last_rung;
 pub mod notify;
 pub mod page_cache;
+pub mod read_ahead;
 pub mod state_file;
 pub mod swapfile;
 pub mod systemd;

@@ -9,6 +9,7 @@ use super::args::{Common, Mode, Plan};
 use super::explain::{change_text, pools_text};
 use super::failure::{Exit, Failure};
 use super::output::{self, Painter, Style, wrap};
+use crate::bytes::Bytes;
 use crate::dbus::CallError;
 use crate::dbus::report::{Decision, Step};
 
@@ -111,8 +112,12 @@ pub(super) fn step_text(step: &Step) -> String {
         "compact" => format!("compact memory for {}", step.bytes),
         "add-swap" => format!("make a swapfile of {}", step.bytes),
         "stream" => {
+            let ahead = match step.read_ahead_bytes {
+                Bytes::ZERO => String::new(),
+                bytes => format!(", read ahead by {bytes}"),
+            };
             format!(
-                "keep {} of {} of its weights in memory, the rest on disk",
+                "keep {} of {} of its weights in memory, the rest on disk{ahead}",
                 step.resident_bytes, step.mapped_bytes
             )
         }

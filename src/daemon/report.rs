@@ -332,6 +332,8 @@ pub struct Step {
     pub resident_bytes: Bytes,
     /// Of `stream`: all of them.
     pub mapped_bytes: Bytes,
+    /// Of `stream`: how far they are read ahead; 0: as the disk has it.
+    pub read_ahead_bytes: Bytes,
     /// Of `swap`: what is left in swap.
     pub swapped_bytes: Bytes,
 }

@@ -57,6 +57,7 @@ impl Ports for Fake {
         let what = match effect {
             Effect::DropCache(_) => "drop".to_owned(),
             Effect::DropAllCache => "drop all".to_owned(),
+            Effect::ReadAhead(devices) => format!("read ahead on {} disks", devices.len()),
             Effect::Compact => "compact".to_owned(),
             Effect::Stop(instance) => format!("stop {instance}"),
             Effect::Start(instance) => format!("start {instance}"),

@@ -1,5 +1,6 @@
 //! The daemon on the real machine and the system bus.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use super::authorize::Authority;
 use super::service::{Manager, Quotes, publish};
 use super::{NAME, PATH};
 use crate::action::notify::Notifier;
+use crate::action::read_ahead::ReadAhead;
 use crate::action::systemd::{Systemd, SystemdError, UnitEvent};
 use crate::daemon::catalog::RealCatalog;
 use crate::daemon::real::{
@@ -103,12 +105,18 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
     let survey = survey(&catalog, &cache, &swap);
     let configured = Arc::clone(&catalog);
     let activities = Activities::new(move |instance| configured.place(instance));
+    let read_ahead = ReadAhead::new(root);
+    // What a daemon before this one has left.
+    for said in read_ahead.set(&BTreeMap::new()).unwrap_or_else(|error| vec![error]) {
+        tracing::info!("{said}");
+    }
     let effects = Effects {
         systemd: systemd.clone(),
         host: host.clone(),
         units: Arc::clone(&units),
         cache: Arc::clone(&cache),
         activities: Arc::new(activities),
+        read_ahead: Arc::new(read_ahead),
         files: Arc::clone(&files),
         survey: Arc::clone(&survey),
     };

@@ -256,6 +256,17 @@ impl Facts {
         Ok(facts)
     }
 
+    /// The most that one routed expert has of a tensor, which lies together in the file: bytes; 0 without experts.
+    #[must_use]
+    pub fn expert_bytes(&self) -> u64 {
+        let experts = self.named.iter().filter(|named| named.group.class == Class::Experts);
+        experts
+            .map(|named| named.group.bytes)
+            .max()
+            .and_then(|most| most.checked_div(self.experts))
+            .unwrap_or(0)
+    }
+
     /// Sorts the tensors into groups.
     fn tensors(&mut self, model: &Model, nextn: bool) {
         let mut has_output = false;

@@ -99,6 +99,9 @@ pub struct Reservation {
     /// It runs with part of its mapped weights left on disk.
     #[serde(default)]
     pub streams: bool,
+    /// How far its files are read ahead; zero: as the disk has it.
+    #[serde(default)]
+    pub read_ahead: Bytes,
     /// Since when it answers; milliseconds since boot.
     #[serde(default)]
     pub ready: u64,
@@ -151,6 +154,7 @@ impl Reservation {
             drain: 0,
             may_swap: false,
             streams: false,
+            read_ahead: Bytes::ZERO,
             ready: 0,
         }
     }

@@ -20,7 +20,7 @@ pub mod verdict;
 pub use self::core::{Action, ActionId, Core, Event, Outcome, Saved};
 pub use decision::{Decision, Level, Relief, Rescue, Verdict};
 pub use last_resort::{LastResort, last_resort};
-pub use limits::{Limits, limits};
+pub use limits::{Limits, limits, read_ahead};
 pub use peaks::Peaks;
 pub use plan::{Plan, Planned, Step, StopReason, Wait, plan};
 pub use refusal::{Refusal, RefusalKind};

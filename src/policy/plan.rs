@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::decision::Account;
 use super::evict::{Candidate, Use, choose};
+use super::limits::read_ahead;
 use super::refusal::{Refusal, RefusalKind, refuse};
 use super::request::{Peers, Request, Rules, Rung};
 use crate::bytes::Bytes;
@@ -94,6 +95,9 @@ pub enum Step {
         resident_bytes: Bytes,
         /// All of them.
         mapped_bytes: Bytes,
+        /// How far they are read ahead; zero: as the disk has it.
+        #[serde(default)]
+        read_ahead_bytes: Bytes,
     },
     /// Run with part of its private memory in swap.
     Swap {
@@ -136,7 +140,7 @@ impl fmt::Display for Step {
                 write!(f, "stopping {instance} ({why}, frees {frees_bytes})")
             }
             Self::ReduceContext { from, to } => write!(f, "reducing the context from {from} to {to}"),
-            Self::Stream { resident_bytes, mapped_bytes } => {
+            Self::Stream { resident_bytes, mapped_bytes, .. } => {
                 write!(f, "keeping {resident_bytes} of {mapped_bytes} of its weights in memory")
             }
             Self::DropAllCache { frees_bytes } => {
@@ -431,7 +435,8 @@ impl Scene<'_> {
         let (resident_bytes, mapped_bytes) = (resident(rung)?, rung.footprint.mapped_bytes());
         let kept = Rung { footprint: rung.footprint.resident(resident_bytes), ..rung.clone() };
         let mut plan = self.assemble(&kept, gone.to_vec());
-        plan.steps.push(Step::Stream { resident_bytes, mapped_bytes });
+        let read_ahead_bytes = read_ahead(self.request.expert);
+        plan.steps.push(Step::Stream { resident_bytes, mapped_bytes, read_ahead_bytes });
         Some(plan)
     }
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use super::limits::read_ahead;
 use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{Basis, Footprint, Memory, Reservation};
@@ -46,6 +47,9 @@ pub struct Request {
     /// It may run with part of its mapped weights left on disk (`oversize = "stream"`): at least so
     /// many have to stay in memory, those that every token touches.
     pub stream: Option<Bytes>,
+    /// One expert's part of a tensor, the largest there is: what a model that streams reads at a time. Zero where there
+    /// are no experts.
+    pub expert: Bytes,
     /// Part of its private memory may be in swapfiles (`oversize = "swap"`): at most so much, the routed experts.
     pub swap: Option<Bytes>,
     /// Why no swapfile could be made for it.
@@ -86,6 +90,7 @@ impl Request {
             drain: 0,
             may_swap: false,
             stream: None,
+            expert: Bytes::ZERO,
             swap: None,
             no_swapfile: None,
             instead_of: BTreeSet::new(),
@@ -103,6 +108,10 @@ impl Request {
     /// The reservation that it gets at `rung`.
     #[must_use]
     pub fn reservation(&self, rung: &Rung, phase: crate::ledger::Phase, now: u64) -> Reservation {
+        let streams = self.ladder.iter().any(|whole| {
+            let (kept, all) = (rung.footprint.mapped_bytes(), whole.footprint.mapped_bytes());
+            whole.context == rung.context && kept < all
+        });
         Reservation {
             phase,
             priority: self.priority,
@@ -117,10 +126,8 @@ impl Request {
             reload: self.reload,
             drain: self.drain,
             may_swap: self.may_swap,
-            streams: self.ladder.iter().any(|whole| {
-                let (kept, all) = (rung.footprint.mapped_bytes(), whole.footprint.mapped_bytes());
-                whole.context == rung.context && kept < all
-            }),
+            streams,
+            read_ahead: if streams { read_ahead(self.expert) } else { Bytes::ZERO },
             ready: if phase == crate::ledger::Phase::Running { now } else { 0 },
         }
     }

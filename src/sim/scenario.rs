@@ -124,6 +124,9 @@ pub struct SimModel {
     pub stop_seconds: u64,
     /// It may stream, with at least so many of its mapped weights in memory.
     pub stream: Option<Bytes>,
+    /// One expert's part of a tensor.
+    #[serde(default)]
+    pub expert: Bytes,
     /// Part of its private memory may be in a swapfile, at most so much.
     pub swap: Option<Bytes>,
     /// Idle seconds after which it is stopped.
@@ -313,6 +316,7 @@ impl Scenario {
             drain: model.drain_seconds * 1000,
             may_swap: model.batch,
             stream: model.stream,
+            expert: model.expert,
             swap: model.swap,
             ..Request::of(instance.clone())
         })

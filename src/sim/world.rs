@@ -85,6 +85,8 @@ pub struct World {
     swaps: Vec<SwapArea>,
     cache: Bytes,
     free_large: Option<Bytes>,
+    /// How far files of devices are read ahead, other than as the disks have it.
+    pub read_ahead: BTreeMap<u64, Bytes>,
     /// Requests that were cut off.
     cut: u32,
     eater: Eater,
@@ -120,6 +122,7 @@ impl World {
             swaps: Vec::new(),
             cache,
             free_large,
+            read_ahead: BTreeMap::new(),
             cut: 0,
             eater: Eater::default(),
             eats_since: 0,
@@ -464,6 +467,10 @@ impl World {
             Effect::Kill(instance) => self.kill(instance, id),
             Effect::DropAllCache => {
                 self.cache = Bytes::ZERO;
+                self.later(1, Happening::Outcome(id, Outcome::Done));
+            }
+            Effect::ReadAhead(devices) => {
+                self.read_ahead = devices.clone();
                 self.later(1, Happening::Outcome(id, Outcome::Done));
             }
             Effect::Compact => {

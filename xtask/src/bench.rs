@@ -175,6 +175,7 @@ fn planner(count: u64) -> Result<()> {
             drain: 0,
             may_swap: false,
             streams: false,
+            read_ahead: Bytes::ZERO,
             ready: 0,
         };
         holders.insert(format!("model-{n}").parse().ok().context("a bad name")?, reservation);

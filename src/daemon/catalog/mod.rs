@@ -415,6 +415,7 @@ impl Catalog for RealCatalog {
             Err(error) => return Err(config_error(error)),
         }
         request.stream = effective.streams.then_some(always.get());
+        request.expert = Bytes(facts.expert_bytes());
         request.swap = effective.swaps.then_some(may_swap.get());
         request.advice = contexts.advised.into_iter().filter_map(|context| price(context).ok()).collect();
         Ok(request)

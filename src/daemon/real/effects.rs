@@ -1,6 +1,6 @@
 //! What is done to the machine, each bounded in time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use super::page_cache::PageCache;
 use super::store::Files;
 use super::swap::Order;
 use super::units::Units;
+use crate::action::read_ahead::ReadAhead;
 use crate::action::systemd::{Systemd, SystemdError};
 use crate::action::{cgroup, kernel};
 use crate::bytes::Bytes;
@@ -41,6 +42,8 @@ pub struct Effects {
     pub cache: Arc<PageCache>,
     /// What the engines say of their requests.
     pub activities: Arc<Activities>,
+    /// How far disks are read ahead.
+    pub read_ahead: Arc<ReadAhead>,
     /// Where limits are remembered.
     pub files: Arc<Files>,
     /// Looks at the page cache again. Blocks.
@@ -62,6 +65,7 @@ impl Effects {
             Effect::Limit(instance, limits) => self.limit(&instance, limits).await,
             Effect::Reclaim(instance, bytes) => self.reclaim(&instance, bytes).await,
             Effect::Kill(instance) => self.kill(&instance).await,
+            Effect::ReadAhead(devices) => self.read_ahead(devices).await,
             Effect::AskActivity(instances) => {
                 self.ask_activity(&instances).await;
                 Ok(())
@@ -73,6 +77,15 @@ impl Effects {
                 self.order(if active { Order::Remove(name) } else { Order::Clean(name) }).await
             }
         }
+    }
+
+    async fn read_ahead(&self, devices: BTreeMap<u64, Bytes>) -> Result<(), String> {
+        let disks = Arc::clone(&self.read_ahead);
+        let done = tokio::task::spawn_blocking(move || disks.set(&devices)).await;
+        for said in done.map_err(|error| error.to_string())?? {
+            tracing::info!("{said}");
+        }
+        Ok(())
     }
 
     async fn drop_cache(&self, files: Vec<FileId>) -> Result<(), String> {

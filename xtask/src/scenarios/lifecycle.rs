@@ -144,7 +144,14 @@ pub fn one_larger_than_memory_streams(lab: &mut Lab) -> Result<()> {
     lab.serve("rival-a", 8001)?;
     let planned = lab.plan("monster")?;
     ensure!(planned.verdict == "streams", "{planned:?}");
+    let cursor = lab.guest.journal_cursor()?;
+    let disk = "cat /sys/block/vdb/queue/read_ahead_kb";
+    let before = lab.guest.ok(disk)?;
     lab.serve("monster", 8002)?;
+    // Its experts are of 278,528 bytes; the disk is as it was once the engine has opened the file.
+    lab.guest.wait_until("the disk is as it was", PATIENCE, &format!("test $({disk}) = {before}"))?;
+    let journal = lab.guest.journal_since(&cursor, "-u plimsolld.service")?;
+    ensure!(journal.contains("that are opened now are read ahead by 128 KiB"), "{journal}");
     ensure!(lab.state("rival-a")? == "inactive", "rival-a holds room that the monster needs");
     let (model, pool) = (lab.model("monster")?, lab.memory_pool()?);
     let (resident, private) = (model.predicted.mapped_bytes, model.predicted.private_bytes);
