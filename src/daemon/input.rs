@@ -10,9 +10,10 @@ use tokio::sync::{Notify, oneshot};
 use super::handle::{Asker, Fault, LoadOptions};
 use super::jobs::{Job, JobResult};
 use super::leases::{LeaseAsk, LeaseInfo};
+use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::policy::core::Effect;
-use crate::policy::{Decision, Event, Mode, Request};
+use crate::policy::{Decision, Event, Level, Mode, Request};
 use crate::ports::{CatalogError, Launch, ModelInfo, Rulebook, Wish};
 
 /// One thing that happened.
@@ -131,6 +132,8 @@ pub enum Publication {
     /// An instance is about to be stopped for another (or for none, to keep the machine afloat), at a time in
     /// microseconds of CLOCK_MONOTONIC or before it.
     AboutToEvict(Instance, Option<Instance>, u64),
+    /// Memory has become short, or is no longer: how short, and what is left of it.
+    Pressure(Level, Bytes),
     /// Where a job is.
     JobProgress(u32, String),
     /// A job has ended.

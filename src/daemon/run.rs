@@ -19,7 +19,7 @@ use crate::action::notify::{Notifier, watchdog_interval};
 use crate::config::Instance;
 use crate::ledger::Machine;
 use crate::policy::core::Effect;
-use crate::policy::{Action, ActionId, Core, Event, Mode};
+use crate::policy::{Action, ActionId, Core, Event, Level, Mode};
 use crate::ports::{Catalog, Ports, Rulebook};
 
 /// Calls on the bus have tickets from here on; the simulated gate counts from zero.
@@ -84,6 +84,8 @@ pub struct Daemon {
     pub(super) wake: Option<Time>,
     pub(super) turns: Turns,
     pub(super) said: String,
+    /// How short memory was when that was last published.
+    pub(super) level: Level,
     pub(super) ending: bool,
     pub(super) lost: bool,
 }
@@ -124,6 +126,7 @@ impl Daemon {
             wake: None,
             turns: Turns::default(),
             said: String::new(),
+            level: Level::Calm,
             ending: false,
             lost: false,
         };
@@ -279,6 +282,11 @@ impl Daemon {
         let due = self.wake.map(|wake| wake.saturating_duration_since(Time::now()));
         let due = due.unwrap_or(Duration::MAX).min(self.interval());
         self.parts.ports.stand_by(self.core.last_resort(&machine), due);
+        let (level, gauge) = self.core.gauge(&machine);
+        if level != self.level {
+            self.level = level;
+            self.tell(Publication::Pressure(level, gauge.headroom));
+        }
         self.drop_the_gone();
         self.adopt_the_unknown(&machine);
         let line = view::line(&self.core, &machine);

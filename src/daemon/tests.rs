@@ -12,8 +12,8 @@ use crate::config::Instance;
 use crate::ledger::{Footprint, Gpu, Machine, Measured, Unit, UnitState};
 use crate::policy::core::Effect;
 use crate::policy::decision::Kind;
-use crate::policy::{ActionId, Core, Mode, Outcome, Refusal, Request, Rules, Rung, Saved};
-use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Outcomes, Ports, Wish};
+use crate::policy::{ActionId, Core, Level, Mode, Outcome, Refusal, Request, Rules, Rung, Saved};
+use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Outcomes, Ports, Rulebook, Wish};
 
 /// What happened, in order.
 type Log = Arc<Mutex<Vec<String>>>;
@@ -245,6 +245,34 @@ fn who_was_killed_by_the_last_rung_is_said_and_stopped() {
         assert!(decision.text.contains("last rung"), "{}", decision.text);
         let log = bench.fake.log.lock().unwrap().clone();
         assert!(log.contains(&"kill a".to_owned()), "{log:?}");
+    });
+}
+
+#[test]
+fn how_short_memory_is_is_published_when_it_changes_and_only_then() {
+    bench(&[("a", UnitState::Activating)], |mut bench| async move {
+        let rulebook = Rulebook { ladder: true, reserve: Some(Bytes::gib(2)), ..Rulebook::default() };
+        bench.fake.machine.lock().unwrap().units.get_mut(&name("a")).unwrap().measured =
+            Measured { private: Bytes::gib(4), ..Measured::default() };
+        bench.inputs.send(Input::Rules(Box::new(rulebook))).unwrap();
+        bench.handle.admit(asker("a"), Vec::new(), BTreeMap::new(), BTreeMap::new()).await.unwrap();
+        let left = |bytes| {
+            bench.fake.machine.lock().unwrap().memory.available = bytes;
+            bench.inputs.send(Input::Changed).unwrap();
+        };
+        left(Bytes::mib(1500));
+        bench.handle.status().await.unwrap();
+        left(Bytes::mib(1500));
+        bench.handle.status().await.unwrap();
+        left(Bytes::gib(10));
+        bench.handle.status().await.unwrap();
+        let mut levels = Vec::new();
+        while let Ok(publication) = bench.published.try_recv() {
+            if let Publication::Pressure(level, headroom) = publication {
+                levels.push((level, headroom));
+            }
+        }
+        assert_eq!(levels, [(Level::Attention, Bytes::mib(1500)), (Level::Calm, Bytes::gib(10))]);
     });
 }
 

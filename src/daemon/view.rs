@@ -80,10 +80,9 @@ pub(super) fn status(
 
 fn pressure(core: &Core, machine: &Machine) -> Pressure {
     let (level, gauge) = core.gauge(machine);
-    let level = serde_json::to_value(level).ok().and_then(|word| word.as_str().map(str::to_owned));
     let relief = core.decisions().rev().find(|decision| decision.kind == Kind::Relieve);
     Pressure {
-        level: level.unwrap_or_default(),
+        level: level.to_string(),
         headroom_bytes: gauge.headroom,
         falling_bytes: gauge.falling,
         some_permille: machine.pressure.some,

@@ -393,6 +393,13 @@ impl Manager {
     ) -> zbus::Result<()>;
 
     #[zbus(signal)]
+    async fn pressure_changed(
+        emitter: &SignalEmitter<'_>,
+        level: &str,
+        headroom_bytes: u64,
+    ) -> zbus::Result<()>;
+
+    #[zbus(signal)]
     async fn job_removed(
         emitter: &SignalEmitter<'_>,
         job: OwnedObjectPath,
@@ -496,6 +503,9 @@ async fn emit(connection: &Connection, publication: Publication) -> Result<(), E
         Publication::AboutToEvict(instance, other, deadline) => {
             let other = other.map(|other| other.to_string()).unwrap_or_default();
             Manager::about_to_evict(&emitter, &instance.to_string(), &other, deadline).await?;
+        }
+        Publication::Pressure(level, headroom) => {
+            Manager::pressure_changed(&emitter, &level.to_string(), headroom.0).await?;
         }
         Publication::JobProgress(number, text) => {
             let job = connection.object_server().interface::<_, JobObject>(job_path(number)?).await?;

@@ -1,5 +1,7 @@
 //! The record of a decision: what the journal, `plimsoll explain` and the bus show of it.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::plan::Step;
@@ -107,6 +109,17 @@ pub enum Level {
     Act,
     /// The machine itself is in danger.
     Critical,
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Calm => "calm",
+            Self::Attention => "attention",
+            Self::Act => "act",
+            Self::Critical => "critical",
+        })
+    }
 }
 
 /// What is done to keep the machine afloat, least harm first.
