@@ -1,15 +1,14 @@
 //! The simulated machine: units that ask, load, answer, stop and leak, on a clock that it is told.
 
+mod effects;
+mod reading;
+
 use std::collections::BTreeMap;
 
 use super::scenario::{Eater, Requests, Scenario, Scripted};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{
-    Busy, FileId, Footprint, GpuKind, Machine, Measured, Memory, Pressure, SwapArea, SwapName, SwapOwner,
-    Unit, UnitState,
-};
-use crate::policy::core::Effect;
+use crate::ledger::{Busy, Footprint, SwapArea, SwapName, UnitState};
 use crate::policy::{ActionId, Event, Outcome, Refusal};
 
 /// How long a started unit takes to ask; milliseconds.
@@ -417,99 +416,6 @@ impl World {
         self.later(KILL, Happening::Stopped(instance.clone(), invocation, vec![id]));
     }
 
-    /// Puts so much of a unit into swap, as far as that has room; at a gibibyte a second.
-    fn reclaim(&mut self, instance: &Instance, bytes: Bytes, id: ActionId) {
-        let room = self.swap_left();
-        let Some(unit) = self.units.get(instance) else { return };
-        let bytes = bytes.min(room).min(self.measured(instance, unit).private);
-        if let Some(unit) = self.units.get_mut(instance) {
-            unit.reclaimed += bytes;
-        }
-        self.later(bytes.mul_div(1000, Bytes::gib(1).0).0 + 1, Happening::Outcome(id, Outcome::Done));
-    }
-
-    /// What was reclaimed and has no place in swap any more is in memory again.
-    fn read_back(&mut self) {
-        let mut too_much = self.swap_overrun();
-        for unit in self.units.values_mut() {
-            let back = unit.reclaimed.min(too_much);
-            unit.reclaimed -= back;
-            too_much -= back;
-        }
-    }
-
-    /// What swap areas have room for beside what units have there.
-    fn swap_left(&self) -> Bytes {
-        let used: Bytes = self.units.iter().map(|(i, unit)| self.measured(i, unit).swapped).sum();
-        self.swaps.iter().map(|area| area.size).sum::<Bytes>() - used
-    }
-
-    /// Does what the decisions want done.
-    pub fn perform(&mut self, id: ActionId, effect: &Effect) {
-        match effect {
-            Effect::Start(instance) => self.start(instance, Some(id)),
-            Effect::Stop(instance) => self.stop(instance, Some(id)),
-            Effect::DropCache(_) => {
-                self.cold = Bytes::ZERO;
-                self.later(1, Happening::Outcome(id, Outcome::Done));
-            }
-            Effect::AskActivity(instances) => {
-                instances.iter().for_each(|instance| self.ask_activity(instance));
-                self.later(2, Happening::Outcome(id, Outcome::Done));
-            }
-            Effect::Limit(instance, limits) => {
-                if let Some(unit) = self.units.get_mut(instance) {
-                    unit.high = Some(limits.high);
-                }
-                self.later(1, Happening::Outcome(id, Outcome::Done));
-            }
-            Effect::Reclaim(instance, bytes) => self.reclaim(instance, *bytes, id),
-            Effect::Kill(instance) => self.kill(instance, id),
-            Effect::DropAllCache => {
-                self.cache = Bytes::ZERO;
-                self.later(1, Happening::Outcome(id, Outcome::Done));
-            }
-            Effect::ReadAhead(devices) => {
-                self.read_ahead = devices.clone();
-                self.later(1, Happening::Outcome(id, Outcome::Done));
-            }
-            Effect::Compact => {
-                self.free_large = None;
-                self.later(1, Happening::Outcome(id, Outcome::Done));
-            }
-            Effect::AddSwap(owner, bytes) => {
-                let outcome = self.add_swap(*owner, *bytes);
-                self.later(30, Happening::Outcome(id, outcome));
-            }
-            Effect::RemoveSwap(name) => self.later(SWAPOFF, Happening::SwapRemoved(*name, id)),
-        }
-    }
-
-    fn add_swap(&mut self, owner: SwapOwner, size: Bytes) -> Outcome {
-        if size > self.swap_room() {
-            return Outcome::Failed(format!("a swapfile of {size} does not fit on the disk"));
-        }
-        if self.scenario.machine.swap_broken {
-            return Outcome::Failed("the kernel does not take it as swap".to_owned());
-        }
-        self.sequence += 1;
-        let path = SwapName { owner, id: self.sequence }.file_name().into();
-        self.swaps.push(SwapArea { path, size, used: Bytes::ZERO, priority: -2, active: true });
-        Outcome::Done
-    }
-
-    fn swap_room(&self) -> Bytes {
-        self.scenario.machine.swap_room - self.swaps.iter().map(|area| area.size).sum()
-    }
-
-    /// What units hold in swap beyond what the swap areas have room for: on a real machine the kernel would
-    /// kill.
-    #[must_use]
-    pub fn swap_overrun(&self) -> Bytes {
-        let swapped: Bytes = self.units.iter().map(|(i, unit)| self.measured(i, unit).swapped).sum();
-        swapped - self.swaps.iter().map(|area| area.size).sum()
-    }
-
     /// The daemon is another one: nobody hears of what the last one began, a swapoff under way ends with nothing
     /// done, and whoever waits for an answer asks again, as `plimsoll run` does when the daemon's name has a new owner.
     pub fn daemon_restarted(&mut self) {
@@ -565,134 +471,5 @@ impl World {
         unit.loading_since = now;
         let invocation = unit.invocation;
         self.later(seconds * 1000, Happening::Loaded(instance.clone(), invocation));
-    }
-
-    /// How much more is in use than the machine has: on a real one the kernel would kill.
-    #[must_use]
-    pub fn overrun(&self) -> Bytes {
-        let unified =
-            |n: usize| self.scenario.machine.gpus.get(n).is_none_or(|gpu| gpu.kind == GpuKind::Unified);
-        let held = |(instance, unit): (&Instance, &SimUnit)| {
-            let measured = self.measured(instance, unit);
-            let gpus: Bytes =
-                measured.gpus.iter().enumerate().filter(|(n, _)| unified(*n)).map(|(_, b)| *b).sum();
-            measured.unreclaimable() + gpus
-        };
-        // What is no model's can be swapped out by the kernel.
-        let swap = self.swap_left();
-        let used = self.system + self.leaked + self.gpu + self.eaten() + self.units.iter().map(held).sum();
-        used - self.scenario.machine.memory - swap
-    }
-
-    /// What the machine shows.
-    #[must_use]
-    pub fn observe(&self) -> Machine {
-        let sim = &self.scenario.machine;
-        let mut units = BTreeMap::new();
-        let mut starting = Vec::new();
-        let mut used = self.system + self.leaked + self.eaten();
-        let mut gpus = sim.gpus.clone();
-        if let Some(first) = gpus.first_mut() {
-            first.used = (first.used + self.gpu + self.gpu_leaked).min(first.total);
-            used += if first.kind == GpuKind::Unified { self.gpu } else { Bytes::ZERO };
-        }
-        for (instance, unit) in &self.units {
-            let measured = self.measured(instance, unit);
-            used += measured.unreclaimable();
-            for (gpu, bytes) in gpus.iter_mut().zip(&measured.gpus) {
-                gpu.used += *bytes;
-                if gpu.kind == GpuKind::Unified {
-                    used += *bytes;
-                }
-            }
-            if unit.state == UnitState::Activating && !instance.is_foreign() {
-                starting.push(instance.clone());
-            }
-            let main_pid = if unit.state.is_alive() { 1000 } else { 0 };
-            let reading = Unit {
-                state: unit.state,
-                main_pid,
-                invocation: unit.invocation.to_string(),
-                measured,
-                busy: unit.busy,
-                cpu_usec: (unit.cpu_msec + unit.busy_since.map_or(0, |since| self.now - since)) * 1000,
-                ..Unit::default()
-            };
-            units.insert(instance.clone(), reading);
-        }
-        let available = sim.memory - used;
-        let swap_total: Bytes = self.swaps.iter().map(|area| area.size).sum();
-        let free = available - self.cache - self.cold;
-        let cold = (FileId { device: 1, inode: 1 }, self.cold);
-        let cached = [cold].into_iter().filter(|(_, bytes)| !bytes.is_zero()).collect();
-        let free_large = self.free_large;
-        // Pages of what is no model's go first, once there is no other way.
-        let spilled = (used - sim.memory).min(self.swap_left());
-        let swap_free = self.swap_left() - spilled;
-        let mut in_swap = swap_total - swap_free;
-        let mut swaps = self.swaps.clone();
-        for area in &mut swaps {
-            area.used = in_swap.min(area.size);
-            in_swap -= area.used;
-        }
-        let memory = Memory { total: sim.memory, available, free, free_large, swap_total, swap_free };
-        let swap_room = self.swap_room();
-        let psi = |value: u16| (!sim.no_psi).then_some(value);
-        let waits = if spilled.is_zero() { self.pressure } else { (900, 500) };
-        let pressure = Pressure {
-            some: psi(waits.0),
-            full: psi(waits.1),
-            falling: self.falling(),
-            fastest: sim.fastest,
-        };
-        let eater = (!self.eaten().is_zero()).then(|| ("/user.slice/eater.scope".to_owned(), self.eaten()));
-        Machine {
-            memory,
-            gpus,
-            units,
-            starting,
-            cached,
-            swaps,
-            swap_room,
-            pressure,
-            eater,
-            ..Machine::default()
-        }
-    }
-
-    /// How fast available memory goes down: what eats, and what loads.
-    fn falling(&self) -> Bytes {
-        let eats = if self.eaten() < self.eater.most { self.eater.rate } else { Bytes::ZERO };
-        let loads = |(instance, unit): (&Instance, &SimUnit)| {
-            let load = self.scenario.models.get(&instance.model).map_or(0, |m| m.load_seconds);
-            let done = unit.state != UnitState::Activating || self.now - unit.loading_since >= load * 1000;
-            let all = unit.footprint.private + unit.footprint.gpus.iter().copied().sum();
-            if done { Bytes::ZERO } else { all.mul_div(1, load) }
-        };
-        eats + self.units.iter().map(loads).sum()
-    }
-
-    /// What a unit holds: growing evenly while it loads, all of it from then on.
-    fn measured(&self, instance: &Instance, unit: &SimUnit) -> Measured {
-        if !unit.state.is_alive() {
-            return Measured::default();
-        }
-        let load = self.scenario.models.get(&instance.model).map_or(0, |m| m.load_seconds) * 1000;
-        let elapsed = (self.now - unit.loading_since).min(load);
-        let part = |bytes: Bytes| if load == 0 { bytes } else { bytes.mul_div(elapsed, load) };
-        let anonymous = part(unit.footprint.private);
-        // Only where swap has room for it does the control group's limit hold.
-        let resident = match (self.swaps.is_empty(), unit.high) {
-            (false, Some(high)) => anonymous.min(high),
-            _ => anonymous,
-        };
-        let resident = resident - unit.reclaimed.min(resident);
-        Measured {
-            private: resident,
-            swapped: anonymous - resident,
-            file: part(unit.footprint.mapped_bytes()),
-            gpus: unit.footprint.gpus.iter().map(|b| part(*b)).collect(),
-            ..Measured::default()
-        }
     }
 }
