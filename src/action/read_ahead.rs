@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use nix::sys::stat::{major, minor};
 use serde::{Deserialize, Serialize};
@@ -15,68 +16,85 @@ use serde::{Deserialize, Serialize};
 use super::state_file::{Loaded, StateFile};
 use crate::bytes::Bytes;
 
-/// What a disk had, and what it was given.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+/// What a disk had, and what it may have been given: two values while it is changed from one to the other.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Changed {
     before_kib: u64,
-    ours_kib: u64,
+    ours_kib: Vec<u64>,
 }
 
 /// The disks' settings; what they were is in a file, so that it is not lost with this process.
 #[derive(Debug)]
 pub struct ReadAhead {
     root: PathBuf,
-    changed: StateFile,
+    /// One at a time.
+    changed: Mutex<StateFile>,
 }
 
 impl ReadAhead {
     /// Of the machine below `root`.
     #[must_use]
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned(), changed: StateFile::at(root.join("run/plimsoll/read-ahead.json")) }
+        let changed = Mutex::new(StateFile::at(root.join("run/plimsoll/read-ahead.json")));
+        Self { root: root.to_owned(), changed }
     }
 
     /// Has files on these devices (`st_dev`), opened from now on, read ahead by so much, and all other disks as they were.
     /// What somebody else has set meanwhile stays. Returns what was done, one sentence each. Blocks.
     ///
     /// # Errors
-    /// What was there can't be remembered: nothing was changed.
+    /// A disk could not be set back, or what was there could not be remembered, without which none is changed. It is to be
+    /// tried again.
     pub fn set(&self, devices: &BTreeMap<u64, Bytes>) -> Result<Vec<String>, String> {
-        let before: BTreeMap<String, Changed> = match self.changed.load() {
+        let file = self.changed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known: BTreeMap<String, Changed> = match file.load() {
             Ok(Loaded::Value(value)) => value,
             Ok(_) => BTreeMap::new(),
             Err(error) => return Err(error.to_string()),
         };
         // A disk that has none of its own (btrfs, network) is left alone.
-        let wanted: BTreeMap<String, u64> = devices
-            .iter()
-            .filter_map(|(device, bytes)| Some((self.disk(*device)?, bytes.0 / 1024)))
-            .collect();
-        let mut after = BTreeMap::new();
-        for (disk, ours_kib) in wanted {
-            let Ok(now_kib) = self.read(&disk) else { continue };
-            let before_kib = match before.get(&disk) {
-                Some(known) if known.ours_kib == now_kib => known.before_kib,
-                _ => now_kib,
-            };
-            after.insert(disk, Changed { before_kib, ours_kib });
+        let mut wanted: BTreeMap<String, u64> = BTreeMap::new();
+        for (device, bytes) in devices {
+            let Some(disk) = self.disk(*device) else { continue };
+            let of = wanted.entry(disk).or_insert(u64::MAX);
+            *of = (bytes.0 / 1024).min(*of);
         }
-        // First remembered, then done.
-        let all: BTreeMap<&String, &Changed> = before.iter().chain(&after).collect();
-        self.changed.save(&all).map_err(|error| error.to_string())?;
-        let mut said = Vec::new();
-        for (disk, was) in before.iter().filter(|(disk, _)| !after.contains_key(*disk)) {
-            if self.read(disk).is_ok_and(|now| now == was.ours_kib) {
-                said.push(self.write(disk, was.before_kib));
+        let (mut said, mut failed) = (Vec::new(), None);
+        let mut done = |disk: &str, kib: u64| match self.write(disk, kib) {
+            Ok(text) => {
+                said.push(text);
+                true
+            }
+            Err(why) => {
+                failed = Some(why);
+                false
+            }
+        };
+        // First back, which needs nothing to be remembered.
+        known.retain(|disk, was| {
+            let back =
+                !wanted.contains_key(disk) && self.read(disk).is_ok_and(|now| was.ours_kib.contains(&now));
+            wanted.contains_key(disk) || (back && !done(disk, was.before_kib))
+        });
+        for (disk, ours) in &wanted {
+            let Ok(now) = self.read(disk) else { continue };
+            let was = known.entry(disk.clone()).or_insert(Changed { before_kib: now, ours_kib: Vec::new() });
+            if !was.ours_kib.is_empty() && !was.ours_kib.contains(&now) {
+                *was = Changed { before_kib: now, ours_kib: Vec::new() };
+            }
+            if !was.ours_kib.contains(ours) {
+                was.ours_kib.push(*ours);
             }
         }
-        for (disk, changed) in &after {
-            if self.read(disk).is_ok_and(|now| now != changed.ours_kib) {
-                said.push(self.write(disk, changed.ours_kib));
+        // Remembered before it is done, and again without what is no longer there.
+        file.save(&known).map_err(|error| error.to_string())?;
+        for (disk, ours) in &wanted {
+            if self.read(disk).is_ok_and(|now| now != *ours) && done(disk, *ours) {
+                known.entry(disk.clone()).and_modify(|was| was.ours_kib = vec![*ours]);
             }
         }
-        self.changed.save(&after).map_err(|error| error.to_string())?;
-        Ok(said)
+        file.save(&known).map_err(|error| error.to_string())?;
+        failed.map_or(Ok(said), Err)
     }
 
     /// The name of the disk that a device is (a part of): that of its backing-dev-info.
@@ -99,10 +117,10 @@ impl ReadAhead {
         text.trim().parse().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
     }
 
-    fn write(&self, disk: &str, kib: u64) -> String {
+    fn write(&self, disk: &str, kib: u64) -> Result<String, String> {
         match fs::write(self.path(disk), kib.to_string()) {
-            Ok(()) => format!("files of disk {disk} that are opened now are read ahead by {kib} KiB"),
-            Err(error) => format!("the read-ahead of disk {disk} can't be set to {kib} KiB: {error}"),
+            Ok(()) => Ok(format!("files of disk {disk} that are opened now are read ahead by {kib} KiB")),
+            Err(error) => Err(format!("the read-ahead of disk {disk} can't be set to {kib} KiB: {error}")),
         }
     }
 }
@@ -145,6 +163,44 @@ mod tests {
         ReadAhead::new(&root).set(&BTreeMap::new()).unwrap();
         assert_eq!(setting(&root), "128");
         assert_eq!(ReadAhead::new(&root).set(&BTreeMap::new()).unwrap(), Vec::<String>::new());
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn killed_between_two_values_the_first_one_is_still_known() {
+        let root = machine("killed");
+        let set = |kib: u64| {
+            ReadAhead::new(&root).set(&BTreeMap::from([(makedev(259, 0), Bytes(kib << 10))])).unwrap();
+        };
+        set(1024);
+        set(512);
+        // As if the second had been remembered and not done.
+        fs::write(
+            root.join("run/plimsoll/read-ahead.json"),
+            r#"{"259:0":{"before_kib":128,"ours_kib":[1024,512]}}"#,
+        )
+        .unwrap();
+        fs::write(root.join("sys/class/bdi/259:0/read_ahead_kb"), "1024").unwrap();
+        ReadAhead::new(&root).set(&BTreeMap::new()).unwrap();
+        assert_eq!(setting(&root), "128");
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn a_disk_that_is_not_set_back_is_not_forgotten() {
+        let root = machine("stuck");
+        let disks = ReadAhead::new(&root);
+        disks.set(&BTreeMap::from([(makedev(259, 0), Bytes::mib(1))])).unwrap();
+        let (setting_file, away) = (root.join("sys/class/bdi/259:0/read_ahead_kb"), root.join("away"));
+        // It can be read, and is no file that can be written.
+        fs::rename(&setting_file, &away).unwrap();
+        symlink("/proc/self/oom_score", &setting_file).unwrap();
+        let score = fs::read_to_string(&setting_file).unwrap().trim().to_owned();
+        let known = format!(r#"{{"259:0":{{"before_kib":128,"ours_kib":[{score}]}}}}"#);
+        fs::write(root.join("run/plimsoll/read-ahead.json"), &known).unwrap();
+        assert!(disks.set(&BTreeMap::new()).unwrap_err().contains("can't be set to 128 KiB"));
+        let left = fs::read_to_string(root.join("run/plimsoll/read-ahead.json")).unwrap();
+        assert!(left.contains("128"), "{left}");
         fs::remove_dir_all(root).unwrap();
     }
 

@@ -105,7 +105,7 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
     let survey = survey(&catalog, &cache, &swap);
     let configured = Arc::clone(&catalog);
     let activities = Activities::new(move |instance| configured.place(instance));
-    let read_ahead = ReadAhead::new(root);
+    let read_ahead = Arc::new(ReadAhead::new(root));
     // What a daemon before this one has left.
     for said in read_ahead.set(&BTreeMap::new()).unwrap_or_else(|error| vec![error]) {
         tracing::info!("{said}");
@@ -116,7 +116,7 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
         units: Arc::clone(&units),
         cache: Arc::clone(&cache),
         activities: Arc::new(activities),
-        read_ahead: Arc::new(read_ahead),
+        read_ahead: Arc::clone(&read_ahead),
         files: Arc::clone(&files),
         survey: Arc::clone(&survey),
     };
@@ -157,7 +157,12 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
         zbus::Error::NameTaken => format!("{NAME} is taken: another plimsolld runs"),
         error => format!("the name {NAME} can't be had: {error}"),
     })?;
-    daemon.run(inputs).await
+    let outcome = daemon.run(inputs).await;
+    // Where it is started again, its first step sets them anew.
+    for said in read_ahead.set(&BTreeMap::new()).unwrap_or_else(|error| vec![error]) {
+        tracing::info!("{said}");
+    }
+    outcome
 }
 
 async fn connect(bus: Option<&str>) -> Result<Connection, String> {

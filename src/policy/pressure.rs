@@ -38,15 +38,23 @@ pub struct Gauge {
     pub falling: Bytes,
     /// How fast it goes down in all; bytes per second.
     pub falling_in_all: Bytes,
-    /// What models that load were promised and have not taken yet: it may go at any rate.
+    /// What models were promised and have not taken yet: it may go at any rate.
     pub promised: Bytes,
+    /// Of that, what those take that load.
+    pub loading: Bytes,
 }
 
 impl Gauge {
     /// Whether nothing will be left within so many milliseconds, whoever takes it.
     #[must_use]
     pub fn is_gone_within(&self, msec: u64) -> bool {
-        self.available < self.falling_in_all.mul_div(msec, 1000)
+        self.available < self.taken_within(msec)
+    }
+
+    /// What will be gone within so many milliseconds, whoever takes it: models take what they were promised and no more.
+    fn taken_within(&self, msec: u64) -> Bytes {
+        let theirs = (self.falling_in_all - self.falling).mul_div(msec, 1000);
+        self.lost_within(msec) + theirs.min(self.promised)
     }
 
     /// What will be gone within so many milliseconds, beyond what was promised.
@@ -62,17 +70,23 @@ pub fn gauge(machine: &Machine, holders: &BTreeMap<Instance, Reservation>, falli
     let available = machine.memory.available;
     let falling_in_all = machine.pressure.falling;
     let headroom = available - mapped(holders, &[]);
-    Gauge { headroom, available, falling, falling_in_all, promised: promised(machine, holders) }
+    let loads = promised(machine, holders, |phase| phase == Phase::Loading);
+    let promised = loads + promised(machine, holders, |phase| phase == Phase::Running);
+    Gauge { headroom, available, falling, falling_in_all, promised, loading: loads }
 }
 
-/// What models that load have not taken yet of what they were promised.
-fn promised(machine: &Machine, holders: &BTreeMap<Instance, Reservation>) -> Bytes {
+/// What models have not taken yet of what they were promised.
+fn promised(
+    machine: &Machine,
+    holders: &BTreeMap<Instance, Reservation>,
+    counts: impl Fn(Phase) -> bool,
+) -> Bytes {
     let rest = |r: &Reservation| {
         let (p, m) = (&r.predicted, &r.measured);
-        let mapped = if r.streams { Bytes::ZERO } else { p.mapped_bytes() - m.file };
-        p.private - m.unreclaimable() + (unified(machine, &p.gpus) - unified(machine, &m.gpus)) + mapped
+        let mapped = if r.streams { Bytes::ZERO } else { p.mapped_bytes() - m.file.max(m.locked_file) };
+        p.private - m.private + (unified(machine, &p.gpus) - unified(machine, &m.gpus)) + mapped
     };
-    holders.values().filter(|r| r.phase == Phase::Loading).map(rest).sum()
+    holders.values().filter(|r| counts(r.phase)).map(rest).sum()
 }
 
 /// What lies in GPU pools that are system memory.
@@ -139,8 +153,8 @@ pub fn gain(
 pub fn level(before: Level, gauge: &Gauge, reserve: Bytes) -> Level {
     let last = gauge.lost_within(REACT);
     let act = reserve.mul_div(1, 2).max(gauge.lost_within(STOP + STOP / 2).min(reserve)).max(last);
-    // What loads was promised its memory; that it takes the last of it as fast as a disk reads is a danger all the same.
-    let at_once = gauge.falling_in_all.mul_div(REACT, 1000);
+    // What loads was promised its memory; where others have taken that, it takes the last of it as fast as a disk reads.
+    let at_once = gauge.taken_within(REACT);
     let critical = reserve.mul_div(1, 8).max(gauge.lost_within(STOP).min(reserve)).max(at_once);
     let is = |level, within: bool| if within { level } else { Level::Calm };
     let stays = |level: Level, within: bool| is(level, before >= level && within);
@@ -211,7 +225,7 @@ pub fn look_again(machine: &Machine, gauge: &Gauge, level: Level, reserve: Bytes
         measured => measured,
     };
     let fastest = fastest.max(gauge.falling_in_all).0.max(1);
-    let room = gauge.headroom - gauge.promised - reserve.mul_div(1, 2);
+    let room = gauge.headroom - gauge.loading - reserve.mul_div(1, 2);
     let shortest = if level == Level::Critical { 20 } else { 50 };
     let time = room.mul_div(1000, fastest).0.max(shortest);
     let waits = machine.pressure.some.is_some_and(|some| some >= WAITING) && gauge.headroom < reserve * 2;
@@ -258,6 +272,24 @@ mod tests {
         // A small reserve that is gone before a kill could help is too small.
         let small = level(Level::Calm, &at(Bytes::mib(140), Bytes::gib(1)), Bytes::mib(128));
         assert_eq!(small, Level::Critical);
+    }
+
+    #[test]
+    fn a_fast_load_is_a_danger_only_where_others_have_taken_what_it_was_promised() {
+        // The last of 5 GB/s into what was planned for it, beside a small reserve.
+        let load = |available: u64, promised: u64| Gauge {
+            falling_in_all: Bytes::gib(5),
+            promised: Bytes::mib(promised),
+            ..at(Bytes::mib(available), Bytes::ZERO)
+        };
+        let of = |available, promised| {
+            let gauge = Gauge { falling: Bytes::ZERO, ..load(available, promised) };
+            level(Level::Calm, &gauge, Bytes::mib(512))
+        };
+        assert_eq!(of(880, 340), Level::Calm);
+        assert_eq!(of(300, 340), Level::Critical);
+        assert!(!load(880, 340).is_gone_within(STOP), "it takes no more than it was promised");
+        assert!(load(300, 340).is_gone_within(REACT));
     }
 
     #[test]

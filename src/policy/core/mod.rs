@@ -8,6 +8,7 @@ mod activity;
 mod admission;
 mod expire;
 mod killed;
+mod read_ahead;
 mod relief;
 mod restore;
 mod swap;
@@ -257,8 +258,7 @@ pub struct Core {
     afloat: relief::Afloat,
     expiring: BTreeMap<ActionId, Instance>,
     activity: BTreeMap<Instance, activity::Activity>,
-    /// How far files are read ahead, by device, while models load that stream.
-    read_ahead: BTreeMap<u64, Bytes>,
+    disks: read_ahead::ReadAhead,
     /// Looks under way.
     looks: BTreeMap<ActionId, BTreeSet<Instance>>,
     /// Loads that failed one after the other.
@@ -386,7 +386,7 @@ impl Core {
         self.restore(machine, now, &mut out);
         self.retire(machine, now, &mut out);
         self.expire(now, &mut out);
-        self.read_ahead(&mut out);
+        self.read_ahead(now, &mut out);
         let saved = self.to_save();
         if saved != self.saved {
             out.insert(0, Action::Save(Box::new(saved.clone())));
@@ -423,22 +423,6 @@ impl Core {
             reservation.pinned = pinned;
         }
         self.pins.insert(model, pinned);
-    }
-
-    /// Has disks read ahead by an expert while engines open files to stream from; an engine that answers has opened them.
-    fn read_ahead(&mut self, out: &mut Vec<Action>) {
-        let opens = |r: &&Reservation| r.phase == Phase::Loading && !r.read_ahead.is_zero();
-        let mut wanted: BTreeMap<u64, Bytes> = BTreeMap::new();
-        for r in self.holders.values().filter(opens) {
-            for file in &r.predicted.mapped {
-                let of = wanted.entry(file.file.device).or_insert(r.read_ahead);
-                *of = r.read_ahead.min(*of);
-            }
-        }
-        if wanted != self.read_ahead {
-            self.perform(Effect::ReadAhead(wanted.clone()), out);
-            self.read_ahead = wanted;
-        }
     }
 
     fn perform(&mut self, effect: Effect, out: &mut Vec<Action>) -> ActionId {

@@ -69,7 +69,7 @@ impl Protector {
 /// One run.
 #[derive(Debug, Default)]
 struct Run {
-    /// From the deficit to the first process gone; negative: before the line was crossed. None: nothing was stopped.
+    /// From the deficit to the first process gone; negative: before the line was crossed. None: nothing was stopped, or there was no deficit.
     action_msec: Option<i64>,
     gone: Vec<String>,
     oom_kills: u64,
@@ -159,7 +159,7 @@ fn set_swap(lab: &Lab, on: bool) -> Result<()> {
 fn protect_by(lab: &Lab, protector: Protector) -> Result<()> {
     lab.guest.ok_within(
         "systemctl stop earlyoom.service systemd-oomd.service systemd-oomd.socket 2>/dev/null; systemctl reset-failed; \
-         systemctl start plimsolld.service && for name in low middle high; do systemctl start llm@$name.service || exit; done; \
+         systemctl restart plimsolld.service && for name in low middle high; do systemctl start llm@$name.service || exit; done; \
          test $(systemctl is-active llm@low llm@middle llm@high | grep -cx active) = 3",
         PATIENCE,
     )?;
@@ -188,9 +188,9 @@ fn once(lab: &Lab, protector: Protector, rate: Bytes) -> Result<Run> {
     let before = guest.ok(&format!("systemctl show --value -p MainPID {}", protector.unit()))?;
     // Nothing of the last run is left that could look like this one's.
     let available = lab.available()?;
-    guest.ok("rm -f /run/fed /run/watch.json; systemctl reset-failed eater.service watch.service 2>/dev/null; true")?;
+    guest.ok("rm -f /run/served /run/fed /run/watch.json; systemctl reset-failed eater.service watch.service 2>/dev/null; true")?;
     let eater = format!(
-        "systemd-run --quiet --unit=eater -p StandardOutput=journal {} eat --bytes {} --rate {} --hold {MEAL}",
+        "systemd-run --quiet --unit=eater -p StandardOutput=journal {} eat --after /run/served --bytes {} --rate {} --hold {MEAL}",
         Lab::STRAIN,
         (available - LEFT).0,
         rate.0
@@ -206,6 +206,8 @@ fn once(lab: &Lab, protector: Protector, rate: Bytes) -> Result<Run> {
                 Lab::STRAIN,
                 line.0,
             ))?;
+            guest.wait_until("it is watched", PATIENCE, "systemctl is-active --quiet watch.service")?;
+            guest.ok("touch /run/served")?;
             guest.wait_until("the meal is over", PATIENCE, "! systemctl is-active --quiet eater.service")?;
             guest.ok("touch /run/fed")?;
             guest.wait_until(
@@ -238,7 +240,8 @@ fn once(lab: &Lab, protector: Protector, rate: Bytes) -> Result<Run> {
            unit=$(sed -n 's,.*/\\(llm@[^/]*\\.service\\).*,\\1,p' /proc/$pid/cgroup 2>/dev/null); \
            systemctl is-active --quiet \"${unit:-none.service}\" || echo $pid; done | wc -l")?;
     Ok(Run {
-        action_msec: first.map(|at| deficit.map_or(0, |deficit| at - deficit)),
+        // Where nobody saw a deficit there is nothing to count from.
+        action_msec: first.zip(deficit).map(|(first, deficit)| first - deficit),
         gone: gone.into_iter().map(|(name, _)| name).collect(),
         oom_kills: seen["oom_kills"].as_u64().context("no kills")?,
         over_half_msec: seen["over_half_msec"].as_u64().context("no pressure")?,

@@ -30,6 +30,9 @@ struct Arguments {
 enum What {
     /// Take memory, hold it for a while, and end
     Eat {
+        /// Once this file is there
+        #[arg(long)]
+        after: Option<PathBuf>,
         /// How much
         #[arg(long)]
         bytes: Bytes,
@@ -77,7 +80,10 @@ fn main() -> ExitCode {
 
 fn run(what: What) -> Result<()> {
     match what {
-        What::Eat { bytes, rate, hold } => {
+        What::Eat { after, bytes, rate, hold } => {
+            while after.as_ref().is_some_and(|path| !path.exists()) {
+                std::thread::sleep(LOOK);
+            }
             let began = Instant::now();
             let held = take(bytes, rate)?;
             println!("{bytes} taken in {} ms", began.elapsed().as_millis());

@@ -48,9 +48,9 @@ fn restored(lab: &Lab) -> Result<()> {
     lab.no_oom_kill()
 }
 
-/// The daemon dies at once, and is started again after a second however often it has died before.
-const KILL: &str =
-    "systemctl reset-failed plimsolld.service; systemctl kill --signal=SIGKILL plimsolld.service";
+/// The daemon, which is there, dies at once, and is started again after a second however often it has died before.
+const KILL: &str = "until pid=$(systemctl show --value -p MainPID plimsolld.service); test $pid != 0; do sleep 0.05; done; \
+     systemctl reset-failed plimsolld.service; kill -9 $pid";
 
 /// `kill -9` of the daemon at each step of one run: the one after it goes on where it was.
 pub fn the_daemon_is_killed_at_each_step(lab: &mut Lab) -> Result<()> {
@@ -119,15 +119,24 @@ pub fn the_disk_fails_while_it_loads(lab: &mut Lab) -> Result<()> {
         "modprobe dm-mod && disk=$(findmnt -n -o SOURCE /srv/models) && \
          set -- $(filefrag -e -v -b512 /srv/models/monster.gguf | tr ':.' '  ' | \
            awk '$1 ~ /^[0-9]+$/ && $2 >= 16384 {{print $4; exit}}') && test -n \"$1\" && \
-         umount /srv/models && size=$(blockdev --getsz $disk) && \
+         {{ {}; }} && size=$(blockdev --getsz $disk) && \
          printf '0 %s linear %s 0\n%s 8 error\n%s %s linear %s %s\n' $1 $disk $1 $(($1 + 8)) $((size - $1 - 8)) $disk \
            $(($1 + 8)) | dmsetup create plimsoll-models && \
-         mount {MAPPED} /srv/models"
+         mount {MAPPED} /srv/models",
+        unmounted("/srv/models")
     ))?;
     let seen = it_fails_and_the_other_is_back(lab);
-    lab.clean()?;
-    lab.guest.ok("umount /srv/models; dmsetup remove plimsoll-models; mount /srv/models")?;
-    seen
+    let cleaned = lab.clean();
+    lab.guest.ok(&format!(
+        "{{ {}; }} && dmsetup remove --retry plimsoll-models; mount /srv/models",
+        unmounted("/srv/models")
+    ))?;
+    seen.and(cleaned)
+}
+
+/// A command that unmounts it; the daemon may be looking at a file there just now.
+pub fn unmounted(path: &str) -> String {
+    format!("for n in $(seq 100); do umount {path} && break; sleep 0.1; done; ! mountpoint -q {path}")
 }
 
 fn it_fails_and_the_other_is_back(lab: &Lab) -> Result<()> {

@@ -80,7 +80,10 @@ pub fn a_disk_that_takes_none(lab: &mut Lab) -> Result<()> {
         lab.guest.write(SETTINGS, &settings)?;
         let shown = none_is_taken(lab, PLACE, why);
         lab.guest.write(SETTINGS, &format!("{before}\n"))?;
-        lab.guest.ok(&format!("systemctl reload plimsolld.service; umount {PLACE} && rmdir {PLACE}"))?;
+        lab.guest.ok(&format!(
+            "systemctl reload plimsolld.service; {{ {}; }} && rmdir {PLACE}",
+            super::faults::unmounted(PLACE)
+        ))?;
         shown?;
     }
     Ok(())

@@ -53,6 +53,7 @@ impl Core {
             || self.relieved(id, &outcome, now)
             || self.restored(id, &outcome, now)
             || self.retired(id, &outcome, now)
+            || self.read_ahead_done(id, &outcome, now)
         {
             return;
         }

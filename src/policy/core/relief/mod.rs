@@ -266,7 +266,8 @@ impl Core {
     /// Kills what is being stopped when the machine can't wait for its end.
     fn hasten(&mut self, machine: &Machine, shortage: &Shortage, now: u64, out: &mut Vec<Action>) {
         let kills = self.afloat.under_way.as_ref().is_some_and(|u| u.relief.rescue == Rescue::Kill);
-        if kills || shortage.level != Level::Critical || self.rules.mode == Mode::Observe {
+        let enough = shortage.needed.is_zero();
+        if kills || enough || shortage.level != Level::Critical || self.rules.mode == Mode::Observe {
             return;
         }
         let gauge = self.afloat.gauge;
