@@ -93,9 +93,12 @@ impl Process {
     #[must_use]
     pub fn stage(&self) -> Stage {
         match self.stat() {
-            Some((true, start_time)) if start_time == self.start_time => {}
+            // The descriptor knows best: a process whose first thread has ended may live on in another.
+            _ if self.ended() => return Stage::Gone,
             // With ProtectProc=invisible an engine whose program can't be read can't be looked at.
-            None if self.pidfd.is_some() && !self.ended() => return Stage::Engine,
+            None if self.pidfd.is_some() => return Stage::Engine,
+            Some((alive, start_time)) if start_time == self.start_time && (alive || self.pidfd.is_some()) => {
+            }
             _ => return Stage::Gone,
         }
         let arguments = self.read("cmdline").unwrap_or_default();
