@@ -72,9 +72,11 @@ impl ReadAhead {
         };
         // First back, which needs nothing to be remembered.
         known.retain(|disk, was| {
-            let back =
-                !wanted.contains_key(disk) && self.read(disk).is_ok_and(|now| was.ours_kib.contains(&now));
-            wanted.contains_key(disk) || (back && !done(disk, was.before_kib))
+            if wanted.contains_key(disk) {
+                return true;
+            }
+            let ours = self.read(disk).is_ok_and(|now| was.ours_kib.contains(&now));
+            ours && !done(disk, was.before_kib)
         });
         for (disk, ours) in &wanted {
             let Ok(now) = self.read(disk) else { continue };

@@ -92,14 +92,15 @@ impl Process {
     /// How far it has come.
     #[must_use]
     pub fn stage(&self) -> Stage {
-        match self.stat() {
+        match (self.stat(), &self.pidfd) {
+            (None, None) => return Stage::Gone,
             // The descriptor knows best: a process whose first thread has ended may live on in another.
-            _ if self.ended() => return Stage::Gone,
+            (_, Some(_)) if self.ended() => return Stage::Gone,
             // With ProtectProc=invisible an engine whose program can't be read can't be looked at.
-            None if self.pidfd.is_some() => return Stage::Engine,
-            Some((alive, start_time)) if start_time == self.start_time && (alive || self.pidfd.is_some()) => {
-            }
-            _ => return Stage::Gone,
+            (None, Some(_)) => return Stage::Engine,
+            (Some((alive, _)), None) if !alive => return Stage::Gone,
+            (Some((_, start_time)), _) if start_time != self.start_time => return Stage::Gone,
+            _ => {}
         }
         let arguments = self.read("cmdline").unwrap_or_default();
         let mut arguments = arguments.split('\0');
@@ -193,6 +194,18 @@ pub(super) mod tests {
         assert_eq!(process.stage(), Stage::Gone);
         assert!(Process::find(&root, 9).is_none());
         std::fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn one_that_has_ended_is_gone_before_anybody_has_asked_for_its_code() {
+        let mut child = std::process::Command::new("/bin/sleep").arg("600").spawn().unwrap();
+        let process = Process::find(Path::new("/"), child.id()).unwrap();
+        assert_ne!(process.stage(), Stage::Gone);
+        child.kill().unwrap();
+        process.sleep(Duration::from_secs(20));
+        assert_eq!(process.stage(), Stage::Gone);
+        child.wait().unwrap();
+        assert_eq!(process.stage(), Stage::Gone);
     }
 
     #[test]

@@ -304,20 +304,8 @@ fn shown(decision: &Decision) -> Shown {
 pub(super) fn planned(request: &Request, planned: Planned, pools: Vec<Account>, now: u64) -> Decision {
     let instance = request.instance.clone();
     let decision = |kind, verdict, text| Decision {
-        kind,
-        instance: Some(instance.clone()),
-        for_instance: None,
-        verdict,
-        at_msec: now,
-        context: 0,
-        bytes: Bytes::ZERO,
-        basis: Basis::default(),
-        steps: Vec::new(),
-        refusal: None,
-        relief: None,
         pools: pools.clone(),
-        observed: false,
-        text,
+        ..Decision::of(kind, instance.clone(), verdict, now, text)
     };
     match planned {
         Planned::Admit(plan) => {

@@ -374,10 +374,16 @@ fn layers(keys: &Keys, arch: &Arch, all: usize, count: usize) -> Result<Vec<Laye
     let experts = keys.get("expert_count").unwrap_or(0);
     // The engine aborts on either.
     if experts > MAX_EXPERTS {
-        return Err(keys.wrong("expert_count", format!("is {experts}, more than {MAX_EXPERTS}")));
+        return Err(keys.wrong(
+            "expert_count",
+            format!("is {experts}, more than the {MAX_EXPERTS} that llama.cpp takes"),
+        ));
     }
     if let Some(used) = experts_used.iter().find(|used| **used > experts) {
-        return Err(keys.wrong("expert_used_count", format!("is {used} of {experts} experts")));
+        return Err(keys.wrong(
+            "expert_used_count",
+            format!("is {used}, more than the {experts} experts that there are"),
+        ));
     }
     let recurrent = recurrent(keys, arch, all, count, &kv_heads, &feed_forward);
     let windowed = windowed(keys, arch, all, count, &recurrent);

@@ -204,3 +204,32 @@ pub struct Decision {
     /// One line for people.
     pub text: String,
 }
+
+impl Decision {
+    /// One without numbers yet: of nothing, for nobody.
+    #[must_use]
+    pub fn of(
+        kind: Kind,
+        instance: impl Into<Option<Instance>>,
+        verdict: Verdict,
+        at_msec: u64,
+        text: String,
+    ) -> Self {
+        Self {
+            kind,
+            instance: instance.into(),
+            for_instance: None,
+            verdict,
+            at_msec,
+            context: 0,
+            bytes: Bytes::ZERO,
+            basis: Basis::default(),
+            steps: Vec::new(),
+            refusal: None,
+            relief: None,
+            pools: Vec::new(),
+            observed: false,
+            text,
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use super::{Action, Core, Effect};
 use crate::config::Instance;
-use crate::ledger::{Basis, Phase};
+use crate::ledger::Phase;
 use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::request::Mode;
 
@@ -26,23 +26,9 @@ impl Core {
             out.push(Action::AboutToEvict { instance: announced, for_instance, deadline: now });
             let id = self.perform(Effect::Stop(instance.clone()), out);
             self.expiring.insert(id, instance.clone());
-            let decision = Decision {
-                kind: Kind::Expire,
-                for_instance: None,
-                verdict: Verdict::Fits,
-                at_msec: now,
-                context,
-                bytes,
-                basis: Basis::default(),
-                steps: Vec::new(),
-                refusal: None,
-                relief: None,
-                pools: Vec::new(),
-                observed: false,
-                text: format!("{instance} is stopped: idle past its ttl, frees {bytes}"),
-                instance: Some(instance),
-            };
-            self.record(decision, out);
+            let text = format!("{instance} is stopped: idle past its ttl, frees {bytes}");
+            let decision = Decision::of(Kind::Expire, instance, Verdict::Fits, now, text);
+            self.record(Decision { context, bytes, ..decision }, out);
         }
         let ends = self.holders.values().filter(|r| r.phase == Phase::Running);
         if let Some(end) = ends.filter_map(|r| Some(r.last_used + r.ttl?)).filter(|end| *end > now).min() {

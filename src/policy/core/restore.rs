@@ -70,23 +70,9 @@ impl Core {
             self.wake_at(now + TO_ASK);
             let rung = request.ladder.first().cloned().unwrap_or_default();
             let (bytes, basis) = (rung.footprint.total(), rung.basis);
-            let decision = Decision {
-                kind: Kind::Restore,
-                for_instance: None,
-                verdict: Verdict::Fits,
-                at_msec: now,
-                context: reservation.context,
-                bytes,
-                basis,
-                steps: Vec::new(),
-                refusal: None,
-                relief: None,
-                pools: Vec::new(),
-                observed: false,
-                text: format!("{instance} is started again: there is room for its {bytes}"),
-                instance: Some(instance),
-            };
-            self.record(decision, out);
+            let text = format!("{instance} is started again: there is room for its {bytes}");
+            let decision = Decision::of(Kind::Restore, instance, Verdict::Fits, now, text);
+            self.record(Decision { context: reservation.context, bytes, basis, ..decision }, out);
             return;
         }
     }

@@ -3,13 +3,12 @@
 //!
 //! The machine answers to ssh or does not, as seen from outside of it, for as long as each way takes.
 
-use super::{BenchOptions, boot};
+use super::{BenchOptions, boot, quantile, ssh};
 use crate::lab::{Config, Lab, PATIENCE};
 use crate::models;
 use anyhow::{Context, Result};
 use serde_json::Value;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// A way that takes longer is cut off: from the command to the last token.
@@ -18,10 +17,6 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// all is in memory, of which each touches 105 MB: this is 8 % of that, as 7 GB/s of an NVMe disk are beside two
 /// channels of DDR5.
 const DISK_RATE: u64 = 64_000_000;
-/// How often sshd is asked.
-const EVERY: Duration = Duration::from_secs(1);
-/// Who does not answer for so long does not answer.
-const SILENCE: Duration = Duration::from_secs(60);
 /// Tokens asked for.
 const TOKENS: u32 = 12;
 const PORT: u16 = 8002;
@@ -71,12 +66,8 @@ pub fn bench(options: &BenchOptions, programs: &Path) -> Result<()> {
         "{:34}{:>10}{:>10}{:>11}{:>11}{:>10}{:>9}{:>9}",
         "", "first", "tokens/s", "ssh worst", "ssh p99", "OOM kills", "read", "written"
     );
-    let mut idle = Seen::default();
-    probed(&lab, &mut idle, || {
-        std::thread::sleep(Duration::from_secs(20));
-        Ok(())
-    })?;
-    print("nothing runs", &idle);
+    let ((), greetings) = ssh::asked(&lab, || lab.guest.ok("timeout 20 tail -f /dev/null; true").map(drop))?;
+    print("nothing runs", &Seen { ssh: greetings, ..Seen::default() });
     for way in ways() {
         print(way.name, &take(&lab, &way)?);
     }
@@ -87,15 +78,12 @@ fn print(name: &str, seen: &Seen) {
     let seconds = |time: Option<Duration>| {
         time.map_or_else(|| "-".to_owned(), |time| format!("{:.1} s", time.as_secs_f64()))
     };
-    let mut ssh = seen.ssh.clone();
-    ssh.sort_unstable();
-    let p99 = ssh.len().checked_sub(1).map(|last| ssh[last * 99 / 100]);
     println!(
         "{name:34}{:>10}{:>10}{:>11}{:>11}{:>10}{:>9}{:>9}  {}",
         seconds(seen.first),
         seen.rate.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.2}")),
-        seconds(ssh.last().copied()),
-        seconds(p99),
+        seconds(seen.ssh.iter().max().copied()),
+        seconds(quantile(&seen.ssh, 99)),
         seen.kills,
         format!("{:.1} GB", seen.read as f64 / 1e9),
         format!("{:.1} GB", seen.written as f64 / 1e9),
@@ -114,10 +102,10 @@ fn ways() -> [Way; 5] {
                systemctl is-active --quiet by-hand.service || {{ echo 'the server is gone'; exit 1; }}; sleep 1; done"
         )
     };
-    let stopped = "systemctl stop by-hand.service; swapoff -a; rm -f /root/swapfile";
+    let stopped = "systemctl stop by-hand.service; swapoff -a; rm -f /swapfile";
     let ritual = format!(
-        "echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/zero of=/root/swapfile bs=1M count={BY_HAND_MIB} 2>&1 | tail -n 1; \
-         chmod 0600 /root/swapfile; mkswap -q /root/swapfile; swapon /root/swapfile; "
+        "echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/zero of=/swapfile bs=1M count={BY_HAND_MIB} 2>&1 | tail -n 1; \
+         chmod 0600 /swapfile; mkswap -q /swapfile; swapon /swapfile; "
     );
     let ours = |name, oversize, hot| Way {
         name,
@@ -178,13 +166,9 @@ fn take(lab: &Lab, way: &Way) -> Result<Seen> {
          while read -r line; do echo \"$(date +%s%N) $line\"; done",
         way.start
     );
-    let mut said = String::new();
-    let mut code = 0;
-    probed(lab, &mut seen, || {
-        let done = lab.guest.run_within(&script, LIMIT)?;
-        (said, code) = (done.all(), done.code);
-        Ok(())
-    })?;
+    let (done, greetings) = ssh::asked(lab, || lab.guest.run_within(&script, LIMIT))?;
+    let (said, code) = (done.all(), done.code);
+    seen.ssh = greetings;
     read(&said, &mut seen);
     let after = counters(lab)?;
     seen.kills = after[0] - before[0];
@@ -255,26 +239,4 @@ fn read(said: &str, seen: &mut Seen) {
     if seen.rate.is_none() && times.len() > 1 {
         seen.rate = Some((times.len() - 1) as f64 / Duration::from_nanos(last - first).as_secs_f64());
     }
-}
-
-/// Does something while sshd is asked once a second how it is.
-fn probed(lab: &Lab, seen: &mut Seen, work: impl FnOnce() -> Result<()>) -> Result<()> {
-    let over = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let probes = scope.spawn(|| {
-            let mut all = Vec::new();
-            while !over.load(Ordering::Relaxed) {
-                let started = Instant::now();
-                let answered = lab.guest.run_within("true", SILENCE).is_ok_and(|done| done.code == 0);
-                let took = started.elapsed();
-                all.push(if answered { took } else { took.max(SILENCE) });
-                std::thread::sleep(EVERY.saturating_sub(took));
-            }
-            all
-        });
-        let outcome = work();
-        over.store(true, Ordering::Relaxed);
-        seen.ssh = probes.join().unwrap_or_default();
-        outcome
-    })
 }

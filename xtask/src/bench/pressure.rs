@@ -5,16 +5,14 @@
 //! happens is judged by a process in the guest that looks every 5 ms. The engines hold memory of their own that can't
 //! be compressed, and answer on a health page; nothing else of a real one matters here.
 
+use super::{quantile, ssh};
 use crate::lab::{Lab, PATIENCE};
 use crate::scenarios::pressure::calm;
 use anyhow::{Context, Result, ensure};
 use plimsoll::bytes::Bytes;
 use serde_json::Value;
 use std::fmt;
-use std::io::Read;
-use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What is measured.
 #[derive(Debug, Clone, clap::Args)]
@@ -92,7 +90,8 @@ pub fn bench(lab: &Lab, options: &Options) -> Result<()> {
         return Ok(());
     }
     configure(lab)?;
-    println!("sshd's greeting while nothing happens: p99 {} ms", millis(quantile(&idle_greetings(lab)?, 99)));
+    let ((), idle) = ssh::asked(lab, || lab.guest.ok("timeout 10 tail -f /dev/null; true").map(drop))?;
+    println!("sshd's greeting while nothing happens: p99 {} ms", millis(quantile(&idle, 99)));
     println!(
         "| protector | swap | eater | gone (runs) | action after the deficit, ms: median, p99 | kernel OOM kills | full PSI > 50 %, s at most | sshd p99, ms | orphans |"
     );
@@ -195,31 +194,24 @@ fn once(lab: &Lab, protector: Protector, rate: Bytes) -> Result<Run> {
         (available - LEFT).0,
         rate.0
     );
-    let (port, done) = (guest.ssh_port(), AtomicBool::new(false));
-    let (said, greetings) = std::thread::scope(|scope| -> Result<_> {
-        let asking = scope.spawn(|| greetings(port, &done));
-        let said = (|| {
-            guest.ok(&format!(
-                "systemd-run --quiet --unit=watch -p OOMScoreAdjust=-1000 -p Nice=-15 -p LimitMEMLOCK=infinity \
-                 -p StandardOutput=file:/run/watch.json {} watch --line {} --until /run/fed{processes} \
-                   eater=$({eater}; systemctl show --value -p MainPID eater.service)",
-                Lab::STRAIN,
-                line.0,
-            ))?;
-            guest.wait_until("it is watched", PATIENCE, "systemctl is-active --quiet watch.service")?;
-            guest.ok("touch /run/served")?;
-            guest.wait_until("the meal is over", PATIENCE, "! systemctl is-active --quiet eater.service")?;
-            guest.ok("touch /run/fed")?;
-            guest.wait_until(
-                "the watcher has said what it saw",
-                PATIENCE,
-                "tail -n 1 /run/watch.json | grep -q oom_kills",
-            )?;
-            guest.ok("tail -n 1 /run/watch.json")
-        })();
-        done.store(true, Ordering::Relaxed);
-        let greetings = asking.join().ok().context("the thread that asks sshd panicked")?;
-        Ok((said?, greetings))
+    let (said, greetings) = ssh::asked(lab, || {
+        guest.ok(&format!(
+            "systemd-run --quiet --unit=watch -p OOMScoreAdjust=-1000 -p Nice=-15 -p LimitMEMLOCK=infinity \
+             -p StandardOutput=file:/run/watch.json {} watch --line {} --until /run/fed{processes} \
+               eater=$({eater}; systemctl show --value -p MainPID eater.service)",
+            Lab::STRAIN,
+            line.0,
+        ))?;
+        guest.wait_until("it is watched", PATIENCE, "systemctl is-active --quiet watch.service")?;
+        guest.ok("touch /run/served")?;
+        guest.wait_until("the meal is over", PATIENCE, "! systemctl is-active --quiet eater.service")?;
+        guest.ok("touch /run/fed")?;
+        guest.wait_until(
+            "the watcher has said what it saw",
+            PATIENCE,
+            "tail -n 1 /run/watch.json | grep -q oom_kills",
+        )?;
+        guest.ok("tail -n 1 /run/watch.json")
     })?;
     let seen: Value = serde_json::from_str(&said).with_context(|| format!("the watcher said {said}"))?;
     let gone: Vec<(String, i64)> = seen["gone"]
@@ -248,43 +240,6 @@ fn once(lab: &Lab, protector: Protector, rate: Bytes) -> Result<Run> {
         greetings,
         orphans: orphans.trim().parse()?,
     })
-}
-
-/// How long sshd takes to greet, from outside of the guest, again and again until `done`.
-fn greetings(port: u16, done: &AtomicBool) -> Vec<Duration> {
-    let mut all = Vec::new();
-    while !done.load(Ordering::Relaxed) {
-        let began = Instant::now();
-        if greet(port).is_some() {
-            all.push(began.elapsed());
-        }
-        std::thread::sleep(Duration::from_millis(200));
-    }
-    all
-}
-
-fn greet(port: u16) -> Option<()> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(60))).ok()?;
-    let mut word = [0; 4];
-    stream.read_exact(&mut word).ok()?;
-    (&word == b"SSH-").then_some(())
-}
-
-fn idle_greetings(lab: &Lab) -> Result<Vec<Duration>> {
-    let (port, done) = (lab.guest.ssh_port(), AtomicBool::new(false));
-    std::thread::scope(|scope| {
-        let asking = scope.spawn(|| greetings(port, &done));
-        std::thread::sleep(Duration::from_secs(10));
-        done.store(true, Ordering::Relaxed);
-        asking.join().ok().context("the thread that asks sshd panicked")
-    })
-}
-
-fn quantile<T: Copy + Ord>(of: &[T], percent: usize) -> Option<T> {
-    let mut sorted = of.to_vec();
-    sorted.sort_unstable();
-    sorted.get((sorted.len() * percent / 100).min(sorted.len().saturating_sub(1))).copied()
 }
 
 fn millis(time: Option<Duration>) -> String {

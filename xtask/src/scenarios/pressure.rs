@@ -112,7 +112,8 @@ pub fn calm(lab: &Lab, length: Duration) -> Result<()> {
         ensure!(lab.main_pid(name)? == *pid, "{name} was restarted\n{}", lab.guest.evidence());
     }
     let journal = lab.guest.journal_since(&cursor, "-u plimsolld.service")?;
-    ensure!(!journal.contains("is stopped"), "somebody was stopped:\n{journal}");
+    let harm = journal.contains("is stopped") || journal.contains("is killed");
+    ensure!(!harm, "somebody had to go:\n{journal}");
     lab.no_oom_kill()
 }
 

@@ -325,27 +325,14 @@ impl Core {
         self.owed.retain(|owed| owed.instance != instance && !stays_stopped(&owed.instance));
         let after = if active.steps.is_empty() { "" } else { " after " };
         let steps: Vec<String> = active.steps.iter().map(ToString::to_string).collect();
-        let decision = Decision {
-            kind: Kind::Admit,
-            instance: Some(instance.clone()),
-            for_instance: None,
-            verdict: Verdict::after(&active.steps),
-            at_msec: now,
-            context,
-            bytes,
-            steps: active.steps,
-            refusal: None,
-            relief: None,
-            pools: active.pools,
-            observed: false,
-            text: format!(
-                "{instance} is admitted with {bytes}{basis}{}{after}{}",
-                at_context(&instance, context),
-                steps.join(", ")
-            ),
-            basis,
-        };
-        self.record(decision, out);
+        let text = format!(
+            "{instance} is admitted with {bytes}{basis}{}{after}{}",
+            at_context(&instance, context),
+            steps.join(", ")
+        );
+        let decision = Decision::of(Kind::Admit, instance, Verdict::after(&active.steps), now, text);
+        let (steps, pools) = (active.steps, active.pools);
+        self.record(Decision { context, bytes, basis, steps, pools, ..decision }, out);
         out.push(Action::Answer { ticket: active.pending.ticket, answer: Ok(context) });
     }
 
@@ -353,24 +340,18 @@ impl Core {
         let instance = active.pending.request.instance.clone();
         self.holders.remove(&instance);
         self.defer(&instance, now);
+        let verdict = match refusal.kind {
+            RefusalKind::UnknownSize(_) => Verdict::Unknown,
+            _ => Verdict::Refused,
+        };
         let decision = Decision {
-            kind: Kind::Refuse,
-            instance: Some(instance),
-            for_instance: None,
-            verdict: match refusal.kind {
-                RefusalKind::UnknownSize(_) => Verdict::Unknown,
-                _ => Verdict::Refused,
-            },
-            at_msec: now,
             context: refusal.context,
             bytes: refusal.needed_bytes,
             basis: refusal.basis.clone(),
             steps: active.steps,
             refusal: Some(refusal.clone()),
-            relief: None,
             pools: active.pools,
-            observed: false,
-            text: refusal.to_string(),
+            ..Decision::of(Kind::Refuse, instance, verdict, now, refusal.to_string())
         };
         self.record(decision, out);
         out.push(Action::Answer { ticket: active.pending.ticket, answer: Err(refusal) });
@@ -401,27 +382,16 @@ impl Core {
         let context = rung.context;
         self.holders.insert(instance.clone(), request.reservation(&rung, Phase::Loading, now));
         self.owed.retain(|owed| owed.instance != instance);
-        let decision = Decision {
-            kind: Kind::Admit,
-            verdict,
-            at_msec: now,
-            context,
-            bytes,
-            steps,
-            refusal,
-            for_instance: None,
-            relief: None,
-            pools: active.pools,
-            observed: true,
-            text: format!(
-                "{instance} is admitted with {bytes}{}{}, only observing{would}",
-                rung.basis,
-                at_context(&instance, context)
-            ),
-            basis: rung.basis,
-            instance: Some(instance),
-        };
-        self.record(decision, out);
+        let basis = rung.basis;
+        let text = format!(
+            "{instance} is admitted with {bytes}{basis}{}, only observing{would}",
+            at_context(&instance, context)
+        );
+        let (decision, pools) = (Decision::of(Kind::Admit, instance, verdict, now, text), active.pools);
+        self.record(
+            Decision { context, bytes, basis, steps, refusal, pools, observed: true, ..decision },
+            out,
+        );
         out.push(Action::Answer { ticket: active.pending.ticket, answer: Ok(context) });
     }
 }

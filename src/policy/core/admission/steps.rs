@@ -2,7 +2,7 @@
 
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Basis, Machine, PerPool, Phase, SwapOwner, capacity};
+use crate::ledger::{Machine, PerPool, Phase, SwapOwner, capacity};
 use crate::policy::core::{Action, Active, Core, Effect, Leak, Owed, Stage};
 use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::limits::limits;
@@ -111,21 +111,12 @@ impl Core {
                 not_before: 0,
             });
         }
+        let text = format!("{victim} is stopped for {for_instance}: {why}, frees {frees}");
         let decision = Decision {
-            kind,
-            instance: Some(victim.clone()),
             for_instance: Some(for_instance.clone()),
-            verdict: Verdict::FitsAfter,
-            at_msec: now,
             context: owed.context,
             bytes: frees,
-            basis: Basis::default(),
-            steps: Vec::new(),
-            refusal: None,
-            relief: None,
-            pools: Vec::new(),
-            observed: false,
-            text: format!("{victim} is stopped for {for_instance}: {why}, frees {frees}"),
+            ..Decision::of(kind, victim.clone(), Verdict::FitsAfter, now, text)
         };
         self.record(decision, out);
     }
@@ -160,23 +151,10 @@ impl Core {
         }
         for (pool, bytes) in missing.into_iter().filter(|_| gone) {
             self.leaks.push(Leak { instance: instance.clone(), pool, bytes, since: now });
-            let decision = Decision {
-                kind: Kind::Quarantine,
-                instance: Some(instance.clone()),
-                for_instance: Some(active.pending.request.instance.clone()),
-                verdict: Verdict::FitsAfter,
-                at_msec: now,
-                context: 0,
-                bytes,
-                basis: Basis::default(),
-                steps: Vec::new(),
-                refusal: None,
-                relief: None,
-                pools: Vec::new(),
-                observed: false,
-                text: format!("{instance} was stopped but {bytes} of its memory did not come back"),
-            };
-            self.record(decision, out);
+            let text = format!("{instance} was stopped but {bytes} of its memory did not come back");
+            let decision = Decision::of(Kind::Quarantine, instance.clone(), Verdict::FitsAfter, now, text);
+            let for_instance = Some(active.pending.request.instance.clone());
+            self.record(Decision { for_instance, bytes, ..decision }, out);
         }
         active.stage = Stage::Plan;
         self.active = Some(active);

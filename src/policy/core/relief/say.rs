@@ -3,7 +3,7 @@
 use super::{IN_VAIN, Shortage, UnderWay};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Basis, Machine, Phase, Pool};
+use crate::ledger::{Machine, Phase, Pool};
 use crate::policy::core::{Action, Core, Effect};
 use crate::policy::decision::{Decision, Kind, Relief, Rescue, Verdict};
 use crate::policy::request::Mode;
@@ -88,22 +88,8 @@ impl Core {
         now: u64,
     ) -> Decision {
         let context = instance.as_ref().and_then(|i| self.holders.get(i)).map_or(0, |r| r.context);
-        Decision {
-            kind: Kind::Relieve,
-            instance,
-            for_instance: None,
-            verdict: Verdict::FitsAfter,
-            at_msec: now,
-            context,
-            bytes,
-            basis: Basis::default(),
-            steps: Vec::new(),
-            refusal: None,
-            relief: Some(relief),
-            pools: Vec::new(),
-            observed: false,
-            text,
-        }
+        let decision = Decision::of(Kind::Relieve, instance, Verdict::FitsAfter, now, text);
+        Decision { context, bytes, relief: Some(relief), ..decision }
     }
 
     pub(super) fn shortage_text(&self, shortage: &Shortage) -> String {
