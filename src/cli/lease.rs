@@ -23,7 +23,7 @@ use super::output::Progress;
 use crate::config::{ModelName, NameError};
 use crate::dbus::client::{LeaseOptions, next};
 use crate::dbus::{CallError, Client};
-use crate::os::{pidfd_open, pidfd_send_signal};
+use crate::os::{end_with_parent, pidfd_open, pidfd_send_signal};
 
 /// What is passed on to the command. What a terminal sends it has sent to the command as well.
 const PASSED: [Signal; 6] =
@@ -104,7 +104,10 @@ fn run(program: &Path, arguments: &[OsString]) -> Result<u8, Failure> {
         signals.push((Some(signal), listen(signal)?));
     }
     signals.push((None, listen(Signal::SIGCHLD)?));
-    let child = Command::new(program).args(arguments).spawn();
+    let mut command = Command::new(program);
+    // Without this process there is no lease, and so no memory for it.
+    end_with_parent(command.args(arguments), Signal::SIGTERM);
+    let child = command.spawn();
     let child =
         child.map_err(|error| Failure::failed(format!("{} can't be run: {error}", program.display())))?;
     // Until it is reaped below the number is its own.

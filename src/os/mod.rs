@@ -2,6 +2,7 @@
 //!
 //! What `host` reads and `action` does with them stands there; nothing here knows why it is called.
 
+mod follow;
 mod hold;
 mod limit;
 mod memory;
@@ -13,6 +14,7 @@ mod swap;
 mod time;
 mod watched;
 
+pub use follow::end_with_parent;
 pub use hold::hold_range;
 pub use limit::limit_child;
 pub use memory::{lock_memory, release_memory};

@@ -54,7 +54,8 @@ pub fn makes_room_and_ends_with_its_command(lab: &mut Lab) -> Result<()> {
     guest.ok(&format!("systemd-run --quiet --unit=holder2 -p KillMode=process plimsoll lease {size} --name held -- sleep 600"))?;
     let lease = held(lab)?;
     ensure!(lease.lease == "lease:held" && lab.state("small")? == "inactive", "{lease:?}");
-    guest.ok(&format!("kill -9 {}; pkill -x sleep; true", lease.pid))?;
+    guest.ok(&format!("kill -9 {}", lease.pid))?;
+    guest.wait_until("its command has ended with it", PATIENCE, "! pgrep -x sleep")?;
     ended(lab)?;
     guest.wait_until("the model is back", PATIENCE, "systemctl is-active --quiet llm@small.service")?;
     guest.ok("systemctl reset-failed 'holder*'; true").map(drop)
