@@ -2,8 +2,8 @@
 //!
 //! It needs no bus, no allocation and nothing that could have to be read in: what it uses is open, touched once, and
 //! locked with the rest of the daemon's memory. It watches while the loop says that memory is near the level at which models go,
-//! and when the loop is overdue: it has not looked again when it meant to. Otherwise it sleeps on a futex. Whom to kill, and in
-//! what order, the loop has told it before.
+//! and when the loop is overdue: it has not looked again when it meant to. Otherwise it sleeps on a timer that the loop puts off
+//! each time it looks, so that it costs no wake-up. Whom to kill, and in what order, the loop has told it before.
 //!
 //! It shares a process with the loop: it covers a loop that hangs, waits for a page or a lock of the allocator, or has
 //! too little of the processor. It does not cover a process that is stopped or killed as a whole; the kernel does that.
@@ -14,14 +14,18 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use crate::bytes::{Bytes, KIB};
 use crate::config::Instance;
 
 /// How often memory is looked at while it stands by: reading /proc/meminfo takes some 30 µs.
 const LOOK: Duration = Duration::from_millis(10);
+/// As good as now.
+const SOON: Duration = Duration::from_nanos(1);
 /// How long memory is below the level before it acts in the loop's place, which looks at least as often by then.
 const GRACE: Duration = Duration::from_millis(60);
 /// How much later than it meant to the loop may look again.
@@ -81,7 +85,8 @@ pub struct LastRung {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    changed: Condvar,
+    /// Wakes the thread. Whoever changes the orders sets it, under the lock.
+    timer: TimerFd,
 }
 
 #[derive(Debug, Default)]
@@ -91,14 +96,27 @@ struct State {
     spared: Option<Instant>,
     /// Has room for [`MOST`] from the start.
     killed: Vec<(Victim, Bytes)>,
-    /// When the thread wakes by itself; never, where it sleeps without.
-    wakes: Option<Instant>,
     ended: bool,
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the thread wake when these orders want it to.
+    fn set_timer(&self, orders: Option<&Orders>) {
+        let set = match orders {
+            None => self.timer.unset(),
+            Some(orders) => {
+                let sleeps = (orders.due + OVERDUE).saturating_duration_since(Instant::now());
+                // Zero would never wake it.
+                let sleeps = if orders.near { SOON } else { sleeps.max(SOON) };
+                self.timer.set(Expiration::OneShot(sleeps.into()), TimerSetTimeFlags::empty())
+            }
+        };
+        // Fails for times that are none, and there are none of these.
+        debug_assert!(set.is_ok(), "{set:?}");
     }
 }
 
@@ -114,7 +132,8 @@ impl LastRung {
         ours.set_nonblocking(true)?;
         theirs.set_nonblocking(true)?;
         let state = State { killed: Vec::with_capacity(MOST), ..State::default() };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC)?;
+        let shared = Arc::new(Shared { state: Mutex::new(state), timer });
         let for_thread = Arc::clone(&shared);
         let null = File::options().write(true).open("/dev/null")?;
         std::thread::Builder::new().name("last-rung".to_owned()).stack_size(STACK).spawn(move || {
@@ -131,13 +150,9 @@ impl LastRung {
             orders
         });
         let mut state = self.shared.lock();
-        let late = |orders: &Orders| state.wakes.is_none_or(|wakes| orders.due + OVERDUE < wakes);
-        let wake = orders.as_ref().is_some_and(|orders| orders.near || late(orders));
+        self.shared.set_timer(orders.as_ref());
         let before = std::mem::replace(&mut state.orders, orders);
         drop(state);
-        if wake {
-            self.shared.changed.notify_one();
-        }
         // Freed here, not under the lock.
         drop(before);
     }
@@ -162,12 +177,13 @@ impl LastRung {
 impl Drop for LastRung {
     fn drop(&mut self) {
         self.shared.lock().ended = true;
-        self.shared.changed.notify_all();
+        let _ = self.shared.timer.set(Expiration::OneShot(SOON.into()), TimerSetTimeFlags::empty());
     }
 }
 
 /// Has everything that the thread will use read in: its stack, and the code on its path.
 fn touch(meminfo: &File, mut null: &File) {
+    std::thread::sleep(SOON);
     let stack = [1_u8; STACK / 2];
     black_box(&stack);
     black_box(available(meminfo));
@@ -181,28 +197,28 @@ fn watch(shared: &Shared, meminfo: &File, mut told: &UnixStream) {
     let mut below_since: Option<Instant> = None;
     // Until when, or up to what is available, the one killed last is waited for.
     let mut settling: Option<(Instant, Bytes)> = None;
-    let mut state = shared.lock();
-    while !state.ended {
+    loop {
+        let state = shared.lock();
+        if state.ended {
+            return;
+        }
+        let orders = state.orders.as_ref();
+        let watching = orders.filter(|orders| orders.near || Instant::now() >= orders.due + OVERDUE);
         let Some((near, due, on_time, alone)) =
-            state.orders.as_ref().map(|orders| (orders.near, orders.due, orders.below, orders.alone))
+            watching.map(|orders| (orders.near, orders.due, orders.below, orders.alone))
         else {
             below_since = None;
-            state.wakes = None;
-            state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            // Once more: it may have gone off a little early.
+            shared.set_timer(orders);
+            drop(state);
+            // An interrupted wait is a look too many.
+            let _ = shared.timer.wait();
             continue;
         };
-        let sleeps = (due + OVERDUE).saturating_duration_since(Instant::now());
-        if !near && !sleeps.is_zero() {
-            below_since = None;
-            state.wakes = Some(due + OVERDUE);
-            let waited = shared.changed.wait_timeout(state, sleeps);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            continue;
-        }
         drop(state);
         let seen = available(meminfo);
         let now = Instant::now();
-        state = shared.lock();
+        let mut state = shared.lock();
         let overdue = now >= due + if near { OVERDUE_NEAR } else { OVERDUE };
         let below = if overdue { alone } else { on_time };
         settling = settling.filter(|(until, enough)| now < *until && seen.is_some_and(|seen| seen < *enough));
@@ -223,8 +239,8 @@ fn watch(shared: &Shared, meminfo: &File, mut told: &UnixStream) {
             }
             _ => below_since = None,
         }
-        let waited = shared.changed.wait_timeout(state, LOOK);
-        state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        drop(state);
+        std::thread::sleep(LOOK);
     }
 }
 
