@@ -2,6 +2,7 @@
 
 mod bus;
 mod fit;
+mod idle;
 mod oversized;
 mod peers;
 mod pressure;
@@ -33,7 +34,7 @@ pub struct BenchOptions {
     #[arg(long)]
     pub no_vm: bool,
     /// Only the parts with this in their name; may be repeated. Here: header, estimates, planner, plans. In
-    /// the virtual machine: daemon, swapfiles, oversized, pressure
+    /// the virtual machine: daemon, idle, swapfiles, oversized, pressure
     #[arg(long, value_name = "PATTERN")]
     pub only: Vec<String>,
     /// Take plimsoll and plimsolld from this directory instead of building a release of them
@@ -51,8 +52,8 @@ pub struct BenchOptions {
 }
 
 /// The parts, in their order.
-const PARTS: [&str; 8] =
-    ["header", "estimates", "planner", "plans", "daemon", "swapfiles", "oversized", "pressure"];
+const PARTS: [&str; 9] =
+    ["header", "estimates", "planner", "plans", "daemon", "idle", "swapfiles", "oversized", "pressure"];
 /// So many of them need no virtual machine.
 const HERE: usize = 4;
 
@@ -94,6 +95,9 @@ pub fn bench(options: &BenchOptions) -> Result<()> {
     }
     if let Some(header) = header.filter(|_| wanted("daemon")) {
         in_the_machine(options, &programs, &header)?;
+    }
+    if wanted("idle") {
+        idle::bench(options, &programs)?;
     }
     if wanted("swapfiles") {
         swapfiles::bench(options, &programs)?;
@@ -242,23 +246,6 @@ fn in_the_machine(options: &BenchOptions, programs: &Path, header: &Path) -> Res
     let lab = boot(options, programs, &options.machine, &models::ensure_disk()?)?;
     lab.configure(&[Config::new("small", 8001)])?;
     lab.serve("small", 8001)?;
-    idle(&lab)?;
     bus::admissions(&lab)?;
     peers::in_the_guest(&lab, header)
-}
-
-/// Memory and wake-ups of the daemon while one model is loaded and nobody asks for anything.
-fn idle(lab: &Lab) -> Result<()> {
-    let pid = lab.daemon_pid()?;
-    let script = format!(
-        "count() {{ cat /proc/{pid}/task/*/status | awk '/^voluntary_ctxt/ {{n += $2}} END {{print n}}'; }}; \
-         a=$(count); cpu=$(awk '{{print $14 + $15}}' /proc/{pid}/stat); timeout 60 tail -f /dev/null; \
-         b=$(count); echo \"$((b - a)) $(( $(awk '{{print $14 + $15}}' /proc/{pid}/stat) - cpu ))\"; \
-         awk '/^VmRSS|^RssAnon|^RssFile/ {{printf \"%s %s kB  \", $1, $2}}' /proc/{pid}/status; ls /proc/{pid}/task | wc -l"
-    );
-    let said = lab.guest.ok(&script)?;
-    let mut lines = said.lines();
-    println!("idle daemon: wake-ups and CPU ticks in 60 s: {}", lines.next().unwrap_or("?"));
-    println!("idle daemon: memory and threads: {}", lines.next().unwrap_or("?"));
-    Ok(())
 }

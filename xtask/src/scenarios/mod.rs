@@ -95,4 +95,5 @@ pub const NAMED: &[Scenario] = &[
     Scenario { name: "pressure::a_stubborn_one_is_killed", run: pressure::a_stubborn_one_is_killed },
     Scenario { name: "pressure::load_that_fits_evicts_nobody", run: pressure::load_that_fits_evicts_nobody },
     Scenario { name: "pressure::the_last_rung_stands_in", run: pressure::the_last_rung_stands_in },
+    Scenario { name: "pressure::nothing_holds_up_the_loop", run: pressure::nothing_holds_up_the_loop },
 ];

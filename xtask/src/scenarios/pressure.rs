@@ -7,6 +7,8 @@ use std::time::Duration;
 
 /// The eater stays so long.
 const MEAL: u64 = 40;
+/// What a turn of the loop may take at most; µs.
+const LONGEST_TURN: u64 = 50_000;
 
 /// A model whose weights are in memory of its own, so that it gives back what it takes.
 fn unmapped(config: Config) -> Config {
@@ -22,7 +24,7 @@ fn models() -> [Config; 3] {
 }
 
 /// Models that idle, as they run; and the bytes of memory that are available beside them.
-fn idle_models(lab: &Lab) -> Result<Bytes> {
+pub fn idle_models(lab: &Lab) -> Result<Bytes> {
     lab.configure(&models())?;
     for (name, port) in [("twin", 8001), ("mid", 8002), ("small", 8003)] {
         lab.serve(name, port)?;
@@ -179,4 +181,35 @@ pub fn the_last_rung_stands_in(lab: &mut Lab) -> Result<()> {
     })?;
     ensure!(lab.main_pids(&["mid", "small"])? == before, "others were restarted\n{}", lab.guest.evidence());
     lab.guest.wait_until("twin returns", PATIENCE, "systemctl is-active --quiet llm@twin.service")
+}
+
+/// Limits far below what models hold (which block whoever writes them), swap going away, an engine that accepts questions and
+/// answers none, and a bus that stands still: the loop's turns stay short, and it does not miss one.
+pub fn nothing_holds_up_the_loop(lab: &mut Lab) -> Result<()> {
+    idle_models(lab)?;
+    // What its start took is not asked for.
+    lab.guest.ok("systemctl restart plimsolld.service")?;
+    let began = lab.status()?.turns;
+    let engine = lab.main_pid("small")?;
+    lab.guest.ok_within("plimsoll swap add 400MiB", PATIENCE)?;
+    let name = super::swap::only(lab)?.name;
+    let held_up = lab.guest.ok_within(
+        &format!(
+            "kill -STOP {engine}; \
+             for unit in twin mid; do systemctl set-property --runtime llm@$unit.service MemoryHigh=40M & done; \
+             timeout 20 plimsoll status > /dev/null; plimsoll plan mid > /dev/null; \
+             bus=$(systemctl show --value -p MainPID dbus.service); kill -STOP $bus; \
+             timeout 5 plimsoll status > /dev/null; kill -CONT $bus {engine}; wait; \
+             plimsoll swap remove {name} || echo '{name} stays'"
+        ),
+        PATIENCE,
+    )?;
+    let turns = lab.status()?.turns;
+    println!(
+        "          longest turn {} µs, latest wake-up {} µs late, {} turns since the start's {}; {held_up}",
+        turns.longest_usec, turns.latest_usec, turns.count, began.count
+    );
+    ensure!(turns.count > began.count, "the loop has not turned: {turns:?}");
+    ensure!(turns.longest_usec < LONGEST_TURN, "the loop was held up: {turns:?}\n{}", lab.guest.evidence());
+    lab.no_oom_kill()
 }

@@ -14,7 +14,7 @@ fn swap(lab: &Lab) -> Result<Swap> {
 }
 
 /// The only swap area of the machine.
-fn only(lab: &Lab) -> Result<SwapArea> {
+pub fn only(lab: &Lab) -> Result<SwapArea> {
     let areas = swap(lab)?.areas;
     ensure!(areas.len() == 1, "not one swap area: {areas:?}");
     areas.into_iter().next().context("no area")
