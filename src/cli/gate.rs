@@ -1,8 +1,8 @@
-//! Asking the daemon for admission, whatever happens to the daemon meanwhile.
+//! Asking the daemon for memory, whatever happens to the daemon meanwhile.
 //!
-//! `Admit` is idempotent within one start of a unit, so the answer to every disturbance is the
-//! same: wait until the name has an owner, and ask (again). What bounds it is the time without an
-//! owner and the number of times that an owner went away in mid-call.
+//! `Admit` is idempotent within one start of a unit, and a lease that nobody has heard of has ended, so the answer to
+//! every disturbance is the same: wait until the name has an owner, and ask (again). What bounds it is the time
+//! without an owner and the number of times that an owner went away in mid-call.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -42,6 +42,8 @@ pub struct Patience {
 impl Patience {
     /// What `plimsoll run` has: an upgrade or a crash of the daemon takes seconds.
     pub const NORMAL: Self = Self { absent: Duration::from_secs(60), asks: 10 };
+    /// For what a person may as well ask again; the time is for a daemon that the bus starts.
+    pub const NONE: Self = Self { absent: Duration::from_secs(5), asks: 1 };
 }
 
 /// What dbus-daemon lets pass in a message on the system bus; it cuts the connection at more. A
@@ -51,7 +53,7 @@ const MOST_DESCRIPTORS: usize = 16;
 /// Between two attempts to connect to a bus that is not there, or to ask a daemon that failed.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// Asks until there is an answer. `say` is told what is being waited for.
+/// Asks for admission until there is an answer. `say` is told what is being waited for.
 ///
 /// # Errors
 /// The daemon's own answer, or [`CallError::Unreachable`] when patience ends.
@@ -61,9 +63,40 @@ pub async fn ask(
     patience: Patience,
     say: &mut dyn FnMut(&str),
 ) -> Result<Admitted, CallError> {
-    let mut asker = Asker { question, patience, asked: 0, deadline: Instant::now() + patience.absent };
+    let about = |instance: &str| instance == question.instance;
+    insist(
+        || Client::connect(bus, false),
+        async |client: &Client| admit(client, question).await,
+        &about,
+        patience,
+        say,
+    )
+    .await
+}
+
+async fn admit(client: &Client, question: &Question<'_>) -> Result<Admitted, CallError> {
+    let all = question.files;
+    let sent = if all.len() > MOST_DESCRIPTORS { &[] } else { all };
+    let files: Vec<(&str, Fd<'_>)> =
+        sent.iter().map(|(path, file)| (path.as_str(), Fd::from(file))).collect();
+    let Question { instance, environment, engine, .. } = question;
+    Ok(client.manager().admit(instance, &files, environment, engine).await?)
+}
+
+/// Makes a call until it is answered. `about` tells of whose progress `say` is told.
+///
+/// # Errors
+/// The daemon's own answer, or [`CallError::Unreachable`] when patience ends.
+pub async fn insist<T, C: AsyncFn(&Client) -> Result<T, CallError>>(
+    connect: impl AsyncFn() -> Result<Client, CallError>,
+    call: C,
+    about: &dyn Fn(&str) -> bool,
+    patience: Patience,
+    say: &mut dyn FnMut(&str),
+) -> Result<T, CallError> {
+    let mut asker = Asker { call, about, patience, asked: 0, deadline: Instant::now() + patience.absent };
     loop {
-        let error = match Client::connect(bus, false).await {
+        let error = match connect().await {
             Ok(client) => match asker.on_bus(&client, say).await {
                 Err(error @ CallError::Unreachable(_)) => error,
                 answer => return answer,
@@ -79,28 +112,29 @@ pub async fn ask(
     }
 }
 
-struct Asker<'a> {
-    question: &'a Question<'a>,
+struct Asker<'a, C> {
+    call: C,
+    about: &'a dyn Fn(&str) -> bool,
     patience: Patience,
     asked: u32,
     deadline: Instant,
 }
 
-/// How one call to `Admit` ended.
-enum Ended {
-    Answered(Result<Admitted, CallError>),
+/// How one call ended.
+enum Ended<T> {
+    Answered(Result<T, CallError>),
     /// The name has another owner, or none: the call's reply will never come.
     OwnerChanged(Option<OwnedUniqueName>),
 }
 
-impl Asker<'_> {
+impl<T, C: AsyncFn(&Client) -> Result<T, CallError>> Asker<'_, C> {
     fn exhausted(&self) -> bool {
         Instant::now() >= self.deadline || self.asked >= self.patience.asks
     }
 
     /// Asks on one connection until it is answered; `Unreachable` when the connection is gone or
     /// patience has ended.
-    async fn on_bus(&mut self, client: &Client, say: &mut dyn FnMut(&str)) -> Result<Admitted, CallError> {
+    async fn on_bus(&mut self, client: &Client, say: &mut dyn FnMut(&str)) -> Result<T, CallError> {
         let bus = DBusProxy::new(client.connection()).await?;
         // Subscribed before the first look, so that no change is missed.
         let mut owners = client.manager().inner().receive_owner_changed().await?;
@@ -167,18 +201,13 @@ impl Asker<'_> {
         owners: &mut zbus::proxy::OwnerChangedStream<'_>,
         progress: &mut crate::dbus::proxy::AdmitProgressStream,
         say: &mut dyn FnMut(&str),
-    ) -> Result<Ended, CallError> {
-        let all = self.question.files;
-        let sent = if all.len() > MOST_DESCRIPTORS { &[] } else { all };
-        let files: Vec<(&str, Fd<'_>)> =
-            sent.iter().map(|(path, file)| (path.as_str(), Fd::from(file))).collect();
-        let Question { instance, environment, engine, .. } = self.question;
-        let call = client.manager().admit(instance, &files, environment, engine);
+    ) -> Result<Ended<T>, CallError> {
+        let call = (self.call)(client);
         tokio::pin!(call);
         loop {
             tokio::select! {
                 biased;
-                answer = &mut call => return Ok(Ended::Answered(answer.map_err(CallError::from))),
+                answer = &mut call => return Ok(Ended::Answered(answer)),
                 change = next(owners) => match change {
                     Some(Some(owner)) if owner == *asked => {}
                     Some(owner) => return Ok(Ended::OwnerChanged(owner.map(Into::into))),
@@ -187,7 +216,7 @@ impl Asker<'_> {
                 signal = next(progress) => match signal {
                     Some(signal) => {
                         if let Ok(args) = signal.args()
-                            && args.instance == self.question.instance
+                            && (self.about)(&args.instance)
                         {
                             say(&args.text);
                         }

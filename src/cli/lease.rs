@@ -19,10 +19,11 @@ use signal_hook::low_level::pipe;
 use super::agent::Agent;
 use super::args::{Common, Lease};
 use super::failure::Failure;
+use super::gate::{self, Patience};
 use super::output::Progress;
 use crate::config::{ModelName, NameError};
-use crate::dbus::client::{LeaseOptions, next};
-use crate::dbus::{CallError, Client};
+use crate::dbus::Client;
+use crate::dbus::client::LeaseOptions;
 use crate::os::{end_with_parent, pidfd_open, pidfd_send_signal};
 
 /// What is passed on to the command. What a terminal sends it has sent to the command as well.
@@ -69,30 +70,17 @@ fn hold(common: &Common, args: &Lease, name: &ModelName) -> Result<OwnedFd, Fail
         priority: args.priority,
         wait: args.wait,
     };
-    super::block_on(async {
-        let client = super::connect(common).await?;
-        Ok(acquire(&client, name, &options).await?)
-    })
-}
-
-async fn acquire(client: &Client, name: &ModelName, options: &LeaseOptions) -> Result<OwnedFd, CallError> {
-    let mut said = client.manager().receive_admit_progress().await?;
     let mut shown = Progress::new();
     let ours = format!("lease:{name}");
-    let asked = client.acquire_lease(name.as_str(), options);
-    tokio::pin!(asked);
-    loop {
-        tokio::select! {
-            answer = &mut asked => return answer,
-            Some(signal) = next(&mut said) => {
-                let Ok(said) = signal.args() else { continue };
-                // Of several of one name, each shows what the others wait for: better than nothing.
-                if said.instance.split('@').next() == Some(ours.as_str()) {
-                    shown.show(&said.text);
-                }
-            }
-        }
-    }
+    // Of several of one name, each shows what the others wait for: better than nothing.
+    let about = |instance: &str| instance.split('@').next() == Some(ours.as_str());
+    let patience = if args.wait { Patience::NORMAL } else { Patience::NONE };
+    let bus = super::bus_address(common);
+    super::block_on(async {
+        let connect = || Client::connect(bus.as_deref(), !common.no_ask_password);
+        let acquire = async |client: &Client| client.acquire_lease(name.as_str(), &options).await;
+        Ok(gate::insist(connect, acquire, &about, patience, &mut |text| shown.show(text)).await?)
+    })
 }
 
 /// Runs the command with what it is sent passed on, and waits for its end.

@@ -61,13 +61,27 @@ pub fn makes_room_and_ends_with_its_command(lab: &mut Lab) -> Result<()> {
     guest.ok("systemctl reset-failed 'holder*'; true").map(drop)
 }
 
-/// "Restart of the daemon keeps it", also one that is killed; one whose holder went away meanwhile is dropped.
+/// The names of those that are held.
+fn names(lab: &Lab) -> Result<Vec<String>> {
+    let held = lab.status()?.leases.into_iter().filter(|lease| lease.state == "held");
+    Ok(held.map(|lease| lease.lease).collect())
+}
+
+/// "Restart of the daemon keeps it", also one that is killed; one whose holder went away meanwhile is dropped, and one that
+/// still waits for room goes on waiting.
 pub fn outlives_the_daemon(lab: &mut Lab) -> Result<()> {
     lab.configure(&[])?;
     let guest = &lab.guest;
     guest.ok("systemd-run --quiet --unit=holder plimsoll lease 64MiB --name kept -- sleep 600")?;
     guest.ok("systemd-run --quiet --unit=brief plimsoll lease 32MiB --name brief -- sleep 600")?;
     guest.wait_for("both are held", PATIENCE, |_| Ok((lab.status()?.leases.len() == 2).then_some(())))?;
+    let late = one_too_many(lab)?;
+    guest.ok(&format!(
+        "systemd-run --quiet --unit=late plimsoll lease {late} --wait --name late -- sleep 600"
+    ))?;
+    guest.wait_for("one waits for room", PATIENCE, |_| {
+        Ok(lab.status()?.leases.iter().any(|lease| lease.lease == "lease:late").then_some(()))
+    })?;
     let reserved = lab.memory_pool()?.reserved_bytes;
     for how in ["systemctl restart plimsolld.service", "systemctl kill -s KILL plimsolld.service"] {
         let before = lab.daemon_pid()?;
@@ -76,7 +90,7 @@ pub fn outlives_the_daemon(lab: &mut Lab) -> Result<()> {
             Ok(lab.daemon_pid().ok().filter(|pid| *pid != 0 && *pid != before))
         })?;
         guest.wait_until("it answers", PATIENCE, "plimsoll status >/dev/null")?;
-        let names: Vec<String> = lab.status()?.leases.into_iter().map(|lease| lease.lease).collect();
+        let names = names(lab)?;
         ensure!(names == ["lease:brief", "lease:kept"], "{how}: {names:?}{}", guest.evidence());
         ensure!(lab.memory_pool()?.reserved_bytes == reserved, "{how}: less is reserved");
         guest.wait_until(
@@ -88,13 +102,15 @@ pub fn outlives_the_daemon(lab: &mut Lab) -> Result<()> {
     // One ends while nobody looks.
     guest.ok("systemctl stop plimsolld.service && systemctl stop brief.service && systemctl start plimsolld.service")?;
     guest.wait_until("it answers", PATIENCE, "plimsoll status >/dev/null")?;
-    let names: Vec<String> = lab.status()?.leases.into_iter().map(|lease| lease.lease).collect();
-    ensure!(names == ["lease:kept"], "after a stop: {names:?}{}", guest.evidence());
+    let left = names(lab)?;
+    ensure!(left == ["lease:kept"], "after a stop: {left:?}{}", guest.evidence());
     guest.ok("systemctl stop holder.service")?;
+    guest.wait_for("the one that waited", PATIENCE, |_| Ok((names(lab)? == ["lease:late"]).then_some(())))?;
+    guest.ok("systemctl stop late.service")?;
     ended(lab)?;
     let store = "test $(systemctl show -P NFileDescriptorStore plimsolld.service) = 0";
     guest.wait_until("nothing is left in systemd's store", PATIENCE, store)?;
-    guest.ok("systemctl reset-failed 'holder*' 'brief*' 2>/dev/null; true").map(drop)
+    guest.ok("systemctl reset-failed 'holder*' 'brief*' 'late*' 2>/dev/null; true").map(drop)
 }
 
 /// "A stranger is refused with 77", "a lease that can't fit exits 75", and a member of the group may.
