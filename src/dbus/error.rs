@@ -146,6 +146,10 @@ impl From<zbus::Error> for CallError {
                     let message = message.unwrap_or_else(|| format!("the daemon answered {name}"));
                     Self::Answered(Error { kind, message })
                 }
+                // systemd's word for why it does not start the daemon that the bus asks it for: masked, or not found.
+                None if name.starts_with("org.freedesktop.systemd1.") => {
+                    Self::Unreachable(message.unwrap_or(text))
+                }
                 None => Self::Protocol(text),
             },
             zbus::Error::FDO(fdo) => match *fdo {
@@ -202,5 +206,21 @@ mod tests {
         }
         assert_eq!(Kind::from_name("org.plimsoll1.Error.OfTheFuture"), Some(Kind::Failed));
         assert_eq!(Kind::from_name("org.freedesktop.DBus.Error.Failed"), None);
+    }
+
+    #[test]
+    fn a_daemon_that_can_not_be_started_is_not_reached() {
+        let answer = |name: &str| {
+            let of = zbus::message::Message::signal("/", "a.b", "C").build(&()).unwrap();
+            let name = zbus::names::OwnedErrorName::try_from(name.to_owned()).unwrap();
+            CallError::from(zbus::Error::MethodError(
+                name,
+                Some("Unit plimsolld.service is masked.".into()),
+                of,
+            ))
+        };
+        let masked = answer("org.freedesktop.systemd1.UnitMasked");
+        assert_eq!(masked, CallError::Unreachable("Unit plimsolld.service is masked.".into()));
+        assert!(matches!(answer("org.example.Error"), CallError::Protocol(_)));
     }
 }
