@@ -167,6 +167,20 @@ fn a_stop_that_takes_too_long_is_cut_short_only_when_the_machine_is_in_danger() 
     assert_eq!(slow(200, 70), [slow_one(Rescue::Stop), slow_one(Rescue::Kill)]);
 }
 
+/// An engine that is told to stop while it loads goes on taking what it was promised, and nobody has seen memory go that fast.
+#[test]
+fn one_told_to_stop_while_it_loads_is_watched_to_its_end() {
+    let mut s = machine(
+        "fastest = '256MiB'",
+        "vast = { weights = '112GiB', placement = 'anonymous', priority = 40, load-seconds = 16, stop-seconds = 26 }",
+    );
+    s.start("vast").run(1);
+    s.eat(Bytes::mib(800), Bytes::gib(20)).stop("vast").run(60);
+    assert_eq!(stopped(&s), ["vast"]);
+    assert_eq!(s.state("vast"), UnitState::Inactive);
+    sound(&s);
+}
+
 #[test]
 fn one_that_does_not_stop_is_left_and_the_next_one_asked() {
     let mut s = machine(

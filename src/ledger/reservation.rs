@@ -108,6 +108,13 @@ pub struct Reservation {
 }
 
 impl Reservation {
+    /// Whether it may still take, as fast as a disk reads, what it was promised: it loads, or was told to stop before it
+    /// answered, which an engine heeds late.
+    #[must_use]
+    pub fn loads(&self) -> bool {
+        self.phase == Phase::Loading || (self.phase == Phase::Stopping && self.ready == 0)
+    }
+
     /// What it counts for: the greater of predicted and measured, class by class.
     #[must_use]
     pub fn held(&self) -> Footprint {

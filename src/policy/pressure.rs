@@ -70,8 +70,8 @@ pub fn gauge(machine: &Machine, holders: &BTreeMap<Instance, Reservation>, falli
     let available = machine.memory.available;
     let falling_in_all = machine.pressure.falling;
     let headroom = available - mapped(holders, &[]);
-    let loads = promised(machine, holders, |phase| phase == Phase::Loading);
-    let promised = loads + promised(machine, holders, |phase| phase == Phase::Running);
+    let loads = promised(machine, holders, Reservation::loads);
+    let promised = loads + promised(machine, holders, |r| r.phase == Phase::Running);
     Gauge { headroom, available, falling, falling_in_all, promised, loading: loads }
 }
 
@@ -79,14 +79,14 @@ pub fn gauge(machine: &Machine, holders: &BTreeMap<Instance, Reservation>, falli
 fn promised(
     machine: &Machine,
     holders: &BTreeMap<Instance, Reservation>,
-    counts: impl Fn(Phase) -> bool,
+    counts: impl Fn(&Reservation) -> bool,
 ) -> Bytes {
     let rest = |r: &Reservation| {
         let (p, m) = (&r.predicted, &r.measured);
         let mapped = if r.streams { Bytes::ZERO } else { p.mapped_bytes() - m.file.max(m.locked_file) };
         p.private - m.private + (unified(machine, &p.gpus) - unified(machine, &m.gpus)) + mapped
     };
-    holders.values().filter(|r| counts(r.phase)).map(rest).sum()
+    holders.values().filter(|r| counts(r)).map(rest).sum()
 }
 
 /// What lies in GPU pools that are system memory.

@@ -176,7 +176,7 @@ impl Core {
         if over >= 40 {
             *sample = Sample { at: now, beyond, rate: (beyond - sample.beyond).mul_div(1000, over), over };
         }
-        let loads = self.holders.values().any(|r| r.phase == Phase::Loading);
+        let loads = self.holders.values().any(Reservation::loads);
         let known = loads || (1..=2000).contains(&sample.over);
         let falling = machine.pressure.falling;
         if known { falling.min(sample.rate) } else { falling }
