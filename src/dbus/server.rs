@@ -23,7 +23,7 @@ use crate::daemon::real::{
 };
 use crate::daemon::{Daemon, Input, Parts, journal, leases, signals};
 use crate::host::Host;
-use crate::os::{lock_memory, release_code, stored_descriptors};
+use crate::os::{lock_memory, stored_descriptors};
 use crate::policy::{Core, Rules};
 use crate::ports::Catalog;
 
@@ -120,8 +120,6 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
         files: Arc::clone(&files),
         survey: Arc::clone(&survey),
     };
-    // What ran up to here runs once. Before the last rung, which touches what it will need.
-    release_code();
     let ports = RealPorts::new(host.clone(), Arc::clone(&units), cache, swap, effects, sender.clone())?;
     let notifier = Notifier::from_environment();
     let leases = leases::keep(durable.leases, stored_descriptors(), &host, &notifier);
