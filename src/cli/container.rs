@@ -1,5 +1,6 @@
 //! The gate's side of an engine that is a container image: is it there, what does it say of itself, how is it run.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsString;
 use std::fs;
@@ -9,6 +10,7 @@ use std::process::Command;
 
 use super::failure::Failure;
 use super::inquiry::{self, Said};
+use super::output;
 use super::user::EngineUser;
 use crate::config::{self, Image, Instance};
 use crate::engine::container::{About, Container, FORMAT, Inside, PODMAN, SEARCHED, name};
@@ -16,6 +18,8 @@ use crate::engine::{self, check_executable};
 
 /// How long the engine may take for an answer in its container; podman ends it then.
 const PATIENCE: u64 = 60;
+/// podman's exit code then: that of a process which was killed.
+const TOO_LATE: i32 = 128 + 9;
 /// What podman needs to know of the unit, to leave its control group alone.
 const OF_THE_UNIT: [&str; 3] = ["INVOCATION_ID", "JOURNAL_STREAM", "SYSTEMD_EXEC_PID"];
 /// Where distributions put the program that podman makes process 1 of a container.
@@ -67,43 +71,58 @@ impl<'a> Ready<'a> {
 
     /// What its llama-server says of itself: as [`inquiry::ask`], in a container of its own in the unit. `of_model` is the
     /// environment that the model's configuration gives it.
-    pub fn ask(&self, of_model: &BTreeMap<String, String>) -> BTreeMap<String, String> {
-        let cache = self.inside.cache.as_deref();
+    ///
+    /// # Errors
+    /// It can't be run in a container at all, so that nobody needs to go for it.
+    pub fn ask(&self, of_model: &BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Failure> {
         let mut environment = of_unit();
         environment.extend(of_model.clone());
         // Command lines can be read by everyone, and no secret changes these answers.
         environment.retain(|name, _| !config::sounds_secret(name));
-        let environment = &environment;
-        // Two instances that ask at the same time have one each.
-        let name = self.name.replacen("plimsoll", "plimsoll.ask", 1);
         let asked = Container {
-            name: name.clone(),
+            // Two instances that ask at the same time have one each.
+            name: self.name.replacen("plimsoll", "plimsoll.ask", 1),
             image: &self.image,
             about: &self.about,
             inside: &self.inside,
             files: &BTreeSet::new(),
-            environment,
+            environment: &environment,
             secrets: &BTreeSet::new(),
             timeout: Some(PATIENCE),
         };
-        inquiry::ask_of(inquiry::key_of_image(&self.about.id, environment), cache, |flag| {
-            let argv = asked.argv(&[flag.to_owned()]);
-            self.user
-                .as_root(|| {
-                    let said = inquiry::run(podman(&argv, &[]), PATIENCE + 5);
-                    if said.is_err() {
-                        // Its processes are not children of podman's, and would stay.
-                        let remove = ["rm", "--force", "--ignore", &name].map(str::to_owned);
-                        let _ = inquiry::run(
-                            podman(&[&[PODMAN.to_owned()], &remove[..]].concat(), &[]),
-                            PATIENCE,
-                        );
-                    }
-                    said
-                })
-                .ok()?
-                .ok()
-        })
+        let program = self.about.program(&self.image).join(" ");
+        let key = inquiry::key_of_image(&format!("{} {program}", self.about.id), &environment);
+        let failed = Cell::new(None);
+        let answers = inquiry::ask_of(key, self.inside.cache.as_deref(), |flag| {
+            let ran =
+                self.user.as_root(|| run_and_clean(&asked, flag)).and_then(|said| self.ran(said, &program));
+            ran.map_err(|failure| failed.set(Some(failure))).ok().flatten()
+        });
+        failed.into_inner().map_or(Ok(answers), Err)
+    }
+
+    /// What was said, if it was llama-server that spoke; none when it took too long, which says nothing of it. podman has
+    /// exit codes of its own.
+    fn ran(&self, said: Result<Said, String>, program: &str) -> Result<Option<Said>, Failure> {
+        let name = &self.image.name;
+        let late = |why: &str| {
+            output::eprint(&format!("{name}: what its llama-server can do is not known: {why}"));
+            Ok(None)
+        };
+        let said = match said {
+            Ok(said) => said,
+            Err(why) => return late(&why),
+        };
+        match said.code {
+            Some(TOO_LATE) => late(&format!("it did not answer within {PATIENCE} s")),
+            Some(126 | 127) => Err(Failure::config(format!(
+                "'{program}' can't be run in the image {name}: {}",
+                last_words(&said)
+            ))
+            .hint("name the image's llama-server in plimsoll.toml, under [engine.NAME]: program = \"/path/in/the/image\"")),
+            Some(125) => Err(Failure::failed(format!("podman can't run the image {name}: {}", last_words(&said)))),
+            _ => Ok(Some(said)),
+        }
     }
 
     /// podman's command line and whole environment for the daemon's answer: `argv`, which begins with the image's name,
@@ -172,25 +191,33 @@ fn of_podman() -> impl Iterator<Item = (String, String)> {
     of_unit.chain(fixed).map(|(name, value)| (name.to_owned(), value))
 }
 
-/// podman with a whole command line.
-fn podman(argv: &[String], more: &[&str]) -> Command {
+/// Runs podman with these words behind its name, for as long as an answer may take.
+fn podman(words: &[String]) -> Result<Said, String> {
     let mut command = Command::new(PODMAN);
-    command.args(argv.iter().skip(1)).args(more).env_clear().envs(of_podman());
-    command
+    command.args(words).env_clear().envs(of_podman());
+    // podman ends what it runs after its own time.
+    inquiry::run(command, PATIENCE + 5)
+}
+
+/// What llama-server says to a flag. Should podman hang, what it has started is not its child, and would stay.
+fn run_and_clean(asked: &Container<'_>, flag: &str) -> Result<Said, String> {
+    let argv = asked.argv(&[flag.to_owned()]);
+    let said = podman(argv.get(1..).unwrap_or_default());
+    if said.is_err() {
+        let _ = podman(&["rm", "--force", "--ignore", &asked.name].map(str::to_owned));
+    }
+    said
 }
 
 /// What the image says of itself, asked as this process.
 fn describe(image: &Image) -> Result<About, Failure> {
-    let argv =
-        |words: &[&str]| [&[PODMAN], words].concat().into_iter().map(str::to_owned).collect::<Vec<_>>();
     let broken = |why: String| Failure::config(format!("podman does not work: {why}"));
-    let inspect = argv(&["image", "inspect", "--format", FORMAT]);
-    let said = inquiry::run(podman(&inspect, &[&image.name]), PATIENCE).map_err(broken)?;
+    let name = image.name.as_str();
+    let said = podman(&["image", "inspect", "--format", FORMAT, name].map(str::to_owned)).map_err(broken)?;
     if said.success {
         return About::parse(&said.output).map_err(broken);
     }
-    let exists =
-        inquiry::run(podman(&argv(&["image", "exists"]), &[&image.name]), PATIENCE).map_err(broken)?;
+    let exists = podman(&["image", "exists", name].map(str::to_owned)).map_err(broken)?;
     if exists.code == Some(1) { Err(missing(image)) } else { Err(broken(last_words(&said))) }
 }
 
@@ -213,13 +240,12 @@ fn missing(image: &Image) -> Failure {
         .hint(format!("'podman pull {name}' as root fetches it (images of other users don't count)"))
 }
 
-/// The runtime that podman uses, and whether control groups are of version 2.
+/// The name of the runtime that podman uses.
 ///
 /// # Errors
 /// podman does not work: one sentence.
 pub fn runtime() -> Result<String, String> {
-    let argv = ["podman", "info", "--format", "{{.Host.OCIRuntime.Name}}"].map(str::to_owned);
-    let said = inquiry::run(podman(&argv, &[]), PATIENCE)?;
+    let said = podman(&["info", "--format", "{{.Host.OCIRuntime.Name}}"].map(str::to_owned))?;
     if said.success { Ok(said.output.trim().to_owned()) } else { Err(last_words(&said)) }
 }
 

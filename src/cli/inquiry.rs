@@ -165,7 +165,7 @@ fn key(program: &Path, environment: &BTreeMap<String, String>) -> Option<Key> {
     key_of(program, identity, environment)
 }
 
-/// What the answers of an engine in a container depend on: the image by its contents.
+/// What the answers of an engine in a container depend on: `id` stands for the contents of the image, and what is run.
 pub fn key_of_image(id: &str, environment: &BTreeMap<String, String>) -> Option<Key> {
     key_of(Path::new(id), Default::default(), environment)
 }

@@ -98,7 +98,7 @@ fn gate<'a>(
     }
     match &checked.runs {
         Runs::Image(ready) => {
-            engine = ready.ask(&model.environment.0);
+            engine = ready.ask(&model.environment.0)?;
             alone("llama-fit-params is not asked in a container");
         }
         Runs::Program(program) if model.command.is_none() => {

@@ -60,7 +60,8 @@ impl About {
 
     /// What is run in the container: as configured, or what the image starts itself if that is a llama-server, or the
     /// one on its PATH.
-    fn program(&self, image: &Image) -> Vec<String> {
+    #[must_use]
+    pub fn program(&self, image: &Image) -> Vec<String> {
         let own = self.entrypoint.clone().unwrap_or_default();
         let is_server = own.last().is_some_and(|word| word.rsplit('/').next() == Some(PROGRAM));
         match &image.program {
