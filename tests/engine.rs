@@ -326,15 +326,16 @@ fn every_file_that_is_read_is_named() {
 }
 
 #[test]
-fn a_container_engine_is_refused_for_now() {
+fn a_container_engine_is_an_image_with_its_program() {
     let root = Root::new("container");
-    let loaded = root.load("[engine.rocm]\nimage = \"x\"\n", &format!("{MODEL}engine = \"rocm\"\n"));
+    let text = "[engine.rocm]\nimage = \"ghcr.io/x/y:z\"\nprogram = \"/app/llama-server\"\n";
+    let loaded = root.load(text, &format!("{MODEL}engine = \"rocm\"\n"));
     let daemon = loaded.settings.clone().unwrap();
-    let error = engine::locate(&loaded.models["m"], &daemon).unwrap_err().to_string();
-    assert_eq!(
-        error,
-        "engine 'rocm' is a container image, which is not supported yet: give its 'path' instead"
-    );
+    let model = &loaded.models["m"];
+    let found = engine::locate(model, &daemon).unwrap();
+    assert_eq!((found.word(), found.program()), (PathBuf::from("ghcr.io/x/y:z"), None));
+    let image = engine::image(model, &daemon).unwrap();
+    assert_eq!(image.program.as_deref(), Some("/app/llama-server"));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! `plimsoll-generator`: a systemd.generator(7), by the name that this program is called by.
 //!
 //! Writes for every model a drop-in with the mounts that its files lie on, so that a start at boot
-//! waits for them; and for every mount the enabled models on it, so that one which is mounted only later
+//! waits for them; for one whose engine is a container image another with what podman needs; and for every mount the enabled models on it, so that one which is mounted only later
 //! starts them. It runs before anything is mounted, logged or reachable over the bus; nothing that it
 //! finds wrong may keep the machine from booting.
 
@@ -17,12 +17,13 @@ use nix::libc;
 use super::failure::{Exit, Failure};
 use super::output;
 use crate::config::{self, Instance};
-use crate::engine;
+use crate::engine::{self, container};
 
 /// Where links of enabled units are looked for, below the root.
 const UNITS: [&str; 3] = ["etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system"];
-/// The name of the drop-in.
-const DROP_IN: &str = "50-plimsoll-mounts.conf";
+/// The names of the drop-ins.
+const MOUNTS: &str = "50-plimsoll-mounts.conf";
+const CONTAINER: &str = "50-plimsoll-container.conf";
 
 /// Whether the program was called as the generator.
 pub fn is_meant(name: Option<&OsString>) -> bool {
@@ -49,9 +50,14 @@ fn generate(root: &Path, directory: &Path) -> Result<(), Failure> {
     for instance in first.chain(enabled.iter().cloned()).collect::<BTreeSet<Instance>>() {
         let Some(model) = loaded.models.get(&instance.model) else { continue };
         let needed = engine::directories(model, &daemon);
-        let Some(text) = engine::drop_in(&needed) else { continue };
         let unit = directory.join(format!("{}.d", instance.unit()));
-        let mut written = write(&unit, &text);
+        let mut written = Ok(());
+        if engine::image(model, &daemon).is_some() {
+            written = write(&unit.join(CONTAINER), &container::drop_in(&instance));
+        }
+        if let Some(text) = engine::drop_in(&needed) {
+            written = written.and(write(&unit.join(MOUNTS), &text));
+        }
         if enabled.contains(&instance) {
             let over = needed.iter().filter_map(|needed| mounts.over(needed)).collect::<BTreeSet<_>>();
             written =
@@ -126,15 +132,17 @@ fn mount_unit(path: &Path) -> Option<String> {
     Some(name + ".mount")
 }
 
-fn write(directory: &Path, text: &str) -> std::io::Result<()> {
-    fs::create_dir_all(directory)?;
+fn write(file: &Path, text: &str) -> std::io::Result<()> {
+    if let Some(directory) = file.parent() {
+        fs::create_dir_all(directory)?;
+    }
     let mut file = fs::OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o644)
         .custom_flags(libc::O_NOFOLLOW)
-        .open(directory.join(DROP_IN))?;
+        .open(file)?;
     file.write_all(text.as_bytes())
 }
 
@@ -196,6 +204,8 @@ mod tests {
         fs::create_dir_all(&models).unwrap();
         fs::write(models.join("big.toml"), "model = \"/mnt/ai models/big.gguf\"\n").unwrap();
         fs::write(models.join("broken.toml"), "no = \"such key\"\n").unwrap();
+        fs::write(root.join("etc/plimsoll/plimsoll.toml"), "[engine.rocm]\nimage = \"x\"\n").unwrap();
+        fs::write(models.join("boxed.toml"), "model = \"/srv/boxed.gguf\"\nengine = \"rocm\"\n").unwrap();
         let wants = root.join("etc/systemd/system/multi-user.target.wants");
         fs::create_dir_all(&wants).unwrap();
         for unit in ["llm@big@2.service", "llm@unknown.service", "ssh.service"] {
@@ -211,10 +221,14 @@ mod tests {
         let mut made = entries(&out);
         made.sort();
         let mount = r"mnt-ai\x20models.mount.wants";
-        assert_eq!(made, ["llm@big.service.d", "llm@big@2.service.d", mount]);
+        assert_eq!(made, ["llm@big.service.d", "llm@big@2.service.d", "llm@boxed.service.d", mount]);
+        // Only where the engine is an image.
+        assert_eq!(entries(&out.join("llm@big.service.d")), [MOUNTS]);
+        let text = fs::read_to_string(out.join("llm@boxed.service.d").join(CONTAINER)).unwrap();
+        assert!(text.contains("\nExecStart=!/usr/bin/plimsoll run --container %i\n"), "{text}");
         // Only what is enabled.
         assert_eq!(entries(&out.join(mount)), ["llm@big@2.service"]);
-        let text = fs::read_to_string(out.join("llm@big@2.service.d").join(DROP_IN)).unwrap();
+        let text = fs::read_to_string(out.join("llm@big@2.service.d").join(MOUNTS)).unwrap();
         assert!(text.contains("[Unit]\nRequiresMountsFor=\"/mnt/ai models\"\n"), "{text}");
         // A second run, as after daemon-reload, says the same.
         generate(&root, &out).unwrap();

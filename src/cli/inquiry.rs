@@ -26,8 +26,8 @@ use crate::os::{limit_child, pidfd_open};
 
 /// The questions, by the key under which the answer goes to the daemon.
 const QUESTIONS: [(&str, &str); 2] = [("version", "--version"), ("devices", "--list-devices")];
-/// How long an engine may take for an answer.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long an engine may take for an answer; seconds.
+const PATIENCE: u64 = 30;
 /// How much of an answer is read; a list of devices among log lines is a few KiB.
 const LONGEST: u64 = 64 << 10;
 /// The files in the unit's cache directory.
@@ -43,7 +43,7 @@ const TOOL_MEMORY: u64 = 4 << 30;
 
 /// What the answers depend on.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Key {
+pub struct Key {
     program: PathBuf,
     identity: (u64, u64, u64, i64, i64),
     environment: BTreeMap<String, String>,
@@ -99,8 +99,8 @@ pub fn opinion(
         }
     }
     command.args(question);
-    limit_child(&mut command, TOOL_MEMORY, PATIENCE.as_secs());
-    let said = run(command)?;
+    limit_child(&mut command, TOOL_MEMORY, PATIENCE);
+    let said = run(command, PATIENCE)?;
     if !said.success {
         let last =
             said.errors.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("it says nothing");
@@ -128,15 +128,25 @@ pub fn ask(
     environment: &BTreeMap<String, String>,
     cache: Option<&Path>,
 ) -> BTreeMap<String, String> {
-    let key = key(program, environment);
+    ask_of(key(program, environment), cache, |flag| {
+        let mut command = command(program, environment);
+        command.arg(flag);
+        run(command, PATIENCE).ok()
+    })
+}
+
+/// The same of any engine: `say` is what it says to a flag, and `key` what its answers depend on.
+pub fn ask_of(
+    key: Option<Key>,
+    cache: Option<&Path>,
+    say: impl Fn(&str) -> Option<Said>,
+) -> BTreeMap<String, String> {
     let file = cache.map(|directory| directory.join(FILE));
     if let Some(kept) = file.as_deref().and_then(read).filter(|kept: &Kept| Some(&kept.key) == key.as_ref()) {
         return kept.answers;
     }
     let answer = |(name, flag): (&str, &str)| {
-        let mut command = command(program, environment);
-        command.arg(flag);
-        let said = run(command).ok()?;
+        let said = say(flag)?;
         Some((name.to_owned(), said.output + &said.errors))
     };
     let answers: BTreeMap<String, String> = QUESTIONS.into_iter().filter_map(answer).collect();
@@ -151,6 +161,20 @@ pub fn ask(
 
 fn key(program: &Path, environment: &BTreeMap<String, String>) -> Option<Key> {
     let about = fs::metadata(program).ok()?;
+    let identity = (about.dev(), about.ino(), about.size(), about.mtime(), about.ctime_nsec());
+    key_of(program, identity, environment)
+}
+
+/// What the answers of an engine in a container depend on: `id` stands for the contents of the image, and what is run.
+pub fn key_of_image(id: &str, environment: &BTreeMap<String, String>) -> Option<Key> {
+    key_of(Path::new(id), Default::default(), environment)
+}
+
+fn key_of(
+    program: &Path,
+    identity: (u64, u64, u64, i64, i64),
+    environment: &BTreeMap<String, String>,
+) -> Option<Key> {
     let mut devices: Vec<String> = ["/dev/dri", "/dev/accel"]
         .iter()
         .flat_map(|directory| fs::read_dir(directory).into_iter().flatten().flatten())
@@ -161,7 +185,7 @@ fn key(program: &Path, environment: &BTreeMap<String, String>) -> Option<Key> {
     devices.sort();
     Some(Key {
         program: program.to_owned(),
-        identity: (about.dev(), about.ino(), about.size(), about.mtime(), about.ctime_nsec()),
+        identity,
         environment: environment.clone(),
         devices,
         boot: fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?,
@@ -184,10 +208,15 @@ fn write(file: &Path, kept: &impl Serialize) -> std::io::Result<()> {
 
 /// What a program has said.
 #[derive(Debug)]
-struct Said {
-    output: String,
-    errors: String,
-    success: bool,
+pub struct Said {
+    /// On its standard output.
+    pub output: String,
+    /// On standard error.
+    pub errors: String,
+    /// Whether it ended well.
+    pub success: bool,
+    /// Its exit code, unless it was killed.
+    pub code: Option<i32>,
 }
 
 fn command(program: &Path, environment: &BTreeMap<String, String>) -> Command {
@@ -196,11 +225,11 @@ fn command(program: &Path, environment: &BTreeMap<String, String>) -> Command {
     command
 }
 
-/// What the program prints, each stream up to a limit.
+/// What the program prints, each stream up to a limit, within so many seconds.
 ///
 /// # Errors
 /// It can't be run or takes too long: one sentence.
-fn run(mut command: Command) -> Result<Said, String> {
+pub fn run(mut command: Command, seconds: u64) -> Result<Said, String> {
     let program = command.get_program().to_string_lossy().into_owned();
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|error| format!("{program} can't be run: {error}"))?;
@@ -217,7 +246,7 @@ fn run(mut command: Command) -> Result<Said, String> {
         });
     }
     drop(sender);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + Duration::from_secs(seconds);
     let mut texts = [String::new(), String::new()];
     let mut whole = true;
     for _ in 0..2 {
@@ -232,12 +261,12 @@ fn run(mut command: Command) -> Result<Said, String> {
     if cut || !whole || !ends(&child, deadline) {
         let _ = child.kill();
     }
-    let success = child.wait().is_ok_and(|status| status.success());
+    let code = child.wait().ok().and_then(|status| status.code());
     let [output, errors] = texts;
     if !whole {
-        return Err(format!("{program} did not answer within {} s", PATIENCE.as_secs()));
+        return Err(format!("{program} did not answer within {seconds} s"));
     }
-    Ok(Said { output, errors, success })
+    Ok(Said { output, errors, success: code == Some(0), code })
 }
 
 /// Whether a process ends by itself until then.

@@ -10,6 +10,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::bytes::{Bytes, MIB};
 use crate::os::pidfd_open;
 
+/// Processes of a unit that are looked at; an engine has a handful.
+const FAMILY: usize = 64;
+
 /// A process, told from a later one with the same number by its start time.
 #[derive(Debug)]
 pub struct Process {
@@ -36,11 +39,11 @@ pub enum Stage {
 pub struct Movement {
     /// What the unit's cgroup is charged: anon, file and kernel of memory.stat.
     pub resident: Bytes,
-    /// Read by the process, from wherever: `rchar` of /proc/PID/io.
+    /// Read by its processes, from wherever: `rchar` of /proc/PID/io.
     pub read: Bytes,
     /// `read_bytes` of /proc/PID/io: page faults on mapped files count here only.
     disk: Bytes,
-    /// Resident pages of the process: mapped files that others have charged count here only.
+    /// Resident pages of its processes: mapped files that others have charged count here only.
     pages: Bytes,
 }
 
@@ -117,17 +120,29 @@ impl Process {
     /// What it and its cgroup have moved so far; zero where it can't be read.
     #[must_use]
     pub fn movement(&self) -> Movement {
-        let io = self.read("io").unwrap_or_default();
-        let stat = self.memory_stat().unwrap_or_default();
-        let pages = self.read("statm").and_then(|text| text.split(' ').nth(1)?.parse::<u64>().ok());
+        let stat = self.of_group("memory.stat").unwrap_or_default();
         // shmem is a part of file.
         let charged = ["anon", "file", "kernel"].iter().filter_map(|key| field(&stat, key, ' '));
-        Movement {
-            resident: charged.map(Bytes).sum(),
-            read: Bytes(field(&io, "rchar:", ' ').unwrap_or(0)),
-            disk: Bytes(field(&io, "read_bytes:", ' ').unwrap_or(0)),
-            pages: Bytes(pages.unwrap_or(0)) * 4096,
+        let mut movement = Movement { resident: charged.map(Bytes).sum(), ..Movement::default() };
+        for pid in self.family() {
+            let io = self.read_of(pid, "io").unwrap_or_default();
+            let pages =
+                self.read_of(pid, "statm").and_then(|text| text.split(' ').nth(1)?.parse::<u64>().ok());
+            movement.read += Bytes(field(&io, "rchar:", ' ').unwrap_or(0));
+            movement.disk += Bytes(field(&io, "read_bytes:", ' ').unwrap_or(0));
+            movement.pages += Bytes(pages.unwrap_or(0)) * 4096;
         }
+        movement
+    }
+
+    /// It, and whatever else is in its cgroup, where this process is too and doesn't count: an engine in a container is
+    /// a descendant of the unit's main process.
+    #[must_use]
+    pub fn family(&self) -> Vec<u32> {
+        let procs = self.of_group("cgroup.procs").unwrap_or_default();
+        let others = procs.lines().filter_map(|line| line.trim().parse::<u32>().ok());
+        let others = others.filter(|pid| *pid != self.pid && *pid != std::process::id());
+        std::iter::once(self.pid).chain(others.take(FAMILY)).collect()
     }
 
     /// Whether it lives, and its start time: fields 3 and 22 of /proc/PID/stat.
@@ -140,14 +155,19 @@ impl Process {
         Some((!matches!(state, "Z" | "X" | "x"), start_time))
     }
 
-    fn memory_stat(&self) -> Option<String> {
+    /// A file of its cgroup.
+    fn of_group(&self, file: &str) -> Option<String> {
         let groups = self.read("cgroup")?;
         let group = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
-        read_bounded(&self.root.join("sys/fs/cgroup").join(group).join("memory.stat"))
+        read_bounded(&self.root.join("sys/fs/cgroup").join(group).join(file))
     }
 
     fn read(&self, file: &str) -> Option<String> {
-        read_bounded(&self.root.join("proc").join(self.pid.to_string()).join(file))
+        self.read_of(self.pid, file)
+    }
+
+    fn read_of(&self, pid: u32, file: &str) -> Option<String> {
+        read_bounded(&self.root.join("proc").join(pid.to_string()).join(file))
     }
 }
 
@@ -226,6 +246,18 @@ pub(super) mod tests {
         assert!(!process.movement().differs(&before));
         std::fs::write(directory.join("io"), "rchar: 1000\nread_bytes: 1048576\n").unwrap();
         assert!(process.movement().differs(&before));
+        // What another process of the unit reads counts as well, and what this one does never.
+        std::fs::write(directory.join("io"), "rchar: 1000\nread_bytes: 0\n").unwrap();
+        let ours = std::process::id();
+        for pid in [11, ours] {
+            write_process(&root, pid, "S", &["llama-server"]);
+            std::fs::write(root.join(format!("proc/{pid}/io")), "rchar: 5000000\nread_bytes: 0\n").unwrap();
+        }
+        std::fs::write(group.join("cgroup.procs"), format!("9\n{ours}\n")).unwrap();
+        assert!(!process.movement().differs(&before));
+        std::fs::write(group.join("cgroup.procs"), format!("9\n11\n{ours}\n")).unwrap();
+        assert!(process.movement().differs(&before));
+        assert_eq!(process.family(), [9, 11]);
         std::fs::remove_dir_all(&root).unwrap();
     }
 }

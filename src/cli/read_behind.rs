@@ -12,28 +12,25 @@ use crate::action::page_cache::drop_range;
 /// What is left behind the position: the engine may still be copying out of it.
 const MARGIN: u64 = 16 << 20;
 
-/// The files that a process reads, and how far they are dropped.
+/// The files that the processes of a unit read, and how far they are dropped.
 #[derive(Debug)]
 pub(super) struct ReadBehind {
-    process: PathBuf,
     files: Vec<(File, u64)>,
 }
 
 impl ReadBehind {
-    /// Of `files` and the process `pid`, whose descriptors its own user can see. `root` is `/` but in tests.
-    pub fn new(root: &Path, pid: u32, files: &[PathBuf]) -> Self {
+    /// Of `files`.
+    pub fn new(files: &[PathBuf]) -> Self {
         let open = |path: &PathBuf| Some((File::open(path).ok()?, 0));
-        Self {
-            process: root.join("proc").join(pid.to_string()),
-            files: files.iter().filter_map(open).collect(),
-        }
+        Self { files: files.iter().filter_map(open).collect() }
     }
 
-    /// Drops what lies behind the process's positions. Pages that are mapped stay, so that a model which is mapped
-    /// loses nothing by it. What can't be seen or dropped is left alone.
-    pub fn follow(&mut self) {
+    /// Drops what lies behind the positions of `processes`, whose descriptors their own user can see. Pages that are
+    /// mapped stay, so that a model which is mapped loses nothing by it. What can't be seen or dropped is left alone.
+    pub fn follow(&mut self, processes: &[u32]) {
         for (file, dropped) in &mut self.files {
-            let Some(position) = position(&self.process, file) else { continue };
+            let at = |pid: &u32| position(&Path::new("/proc").join(pid.to_string()), file);
+            let Some(position) = processes.iter().filter_map(at).max() else { continue };
             let until = position.saturating_sub(MARGIN);
             if until > *dropped && drop_range(file, *dropped, until).is_ok() {
                 *dropped = until;
@@ -72,13 +69,13 @@ mod tests {
         writing.write_all(&vec![1; usize::try_from(size).unwrap()]).unwrap();
         writing.sync_all().unwrap();
         drop(writing);
-        let mut behind =
-            ReadBehind::new(Path::new("/"), std::process::id(), &[path.clone(), "/nowhere".into()]);
+        let mut behind = ReadBehind::new(&[path.clone(), "/nowhere".into()]);
+        let ours = [std::process::id()];
         let mut reader = File::open(&path).unwrap();
-        behind.follow();
+        behind.follow(&ours);
         assert_eq!(behind.files[0].1, 0, "nothing was read yet");
         reader.read_exact(&mut vec![0; usize::try_from(3 * MARGIN).unwrap()]).unwrap();
-        behind.follow();
+        behind.follow(&ours);
         assert_eq!(behind.files[0].1, 2 * MARGIN);
         let in_memory =
             nix::sys::statfs::fstatfs(&reader).unwrap().filesystem_type() == nix::sys::statfs::TMPFS_MAGIC;

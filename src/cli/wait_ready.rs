@@ -41,8 +41,10 @@ pub(super) fn wait_ready(args: &WaitReady) -> Result<Exit, Failure> {
         (None, Some(path)) => gguf::shard_paths(path).unwrap_or_default(),
         _ => Vec::new(),
     };
-    let mut behind = ReadBehind::new(Path::new("/"), pid, &files);
-    wait(&process, &endpoint, model.stall_timeout, &Notifier::from_environment(), || behind.follow())
+    let mut behind = ReadBehind::new(&files);
+    wait(&process, &endpoint, model.stall_timeout, &Notifier::from_environment(), || {
+        behind.follow(&process.family());
+    })
 }
 
 /// Waits for `endpoint` to answer. `Exit::Failed` without a word when the process ended at the

@@ -94,12 +94,26 @@ impl Default for PressureSettings {
 
 /// Where an engine comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(untagged)]
 pub enum EngineSource {
     /// An executable file.
-    Path(PathBuf),
-    /// A container image.
-    Image(String),
+    Path {
+        /// Where it is.
+        path: PathBuf,
+    },
+    /// llama-server in a container image.
+    Image(Image),
+}
+
+/// A container image with llama-server in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Image {
+    /// Its name, as `podman pull` takes it.
+    #[serde(rename = "image")]
+    pub name: String,
+    /// llama-server inside; none: what the image itself starts, where that is one, or else the one on its PATH.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub program: Option<String>,
 }
 
 /// A unit of somebody else that is counted and may be stopped like a model.
@@ -251,15 +265,58 @@ fn read_swap(table: Table, problems: &mut Vec<Problem>) -> Swap {
 fn read_engine(name: &str, table: Table, place: &Place, problems: &mut Vec<Problem>) -> Option<EngineSource> {
     let mut r = Reader::new(table, problems);
     let path = r.read("path", reader::path);
-    let image = r.read("image", reader::text);
+    let image = r.read("image", read_image);
+    let program = r.read("program", read_program);
     let given = r.finish(|_| None);
-    let wrong = match (given.contains_key("path"), given.contains_key("image")) {
-        (true, true) => "has both 'path' and 'image', and can be only one of them",
-        (false, false) => "needs 'path', an executable file, or 'image', a container image",
-        _ => return path.map(EngineSource::Path).or(image.map(EngineSource::Image)),
+    let wrong = match ["path", "image", "program"].map(|key| given.contains_key(key)) {
+        [true, true, _] => "has both 'path' and 'image', and can be only one of them",
+        [false, false, _] => "needs 'path', an executable file, or 'image', a container image",
+        [true, false, true] => "has both 'path' and 'program', which is the program in an 'image'",
+        _ => {
+            return path
+                .map(|path| EngineSource::Path { path })
+                .or(image.map(|name| EngineSource::Image(Image { name, program })));
+        }
     };
     problems.push(Problem::error(place.clone(), format!("engine {} {wrong}", quoted(name))));
     None
+}
+
+/// The name of an image. It becomes an argument of podman, and is none of its options.
+fn read_image(item: &Item) -> Result<String, reader::Wrong> {
+    const EXAMPLE: &str = "for example \"ghcr.io/ggml-org/llama.cpp:server-rocm\"";
+    let name = reader::text(item)?;
+    if let Some((transport, rest)) = name.split_once("://") {
+        return Err(reader::Wrong::new(format!(
+            "must be the name of an image, without {}",
+            quoted(transport)
+        ))
+        .hint(format!("leave '{transport}://' out: {}", quoted(rest))));
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric();
+    let sound = name.starts_with(plain)
+        && name.len() <= 512
+        && name.chars().all(|c| plain(c) || matches!(c, '.' | '_' | '-' | '/' | ':' | '@' | '+'));
+    if sound {
+        Ok(name)
+    } else {
+        Err(reader::Wrong::new(format!("must be the name of a container image, not {}", quoted(&name)))
+            .hint(EXAMPLE))
+    }
+}
+
+/// A program in an image: by its path there, or one that is found along the image's PATH.
+fn read_program(item: &Item) -> Result<String, reader::Wrong> {
+    let program = reader::text(item)?;
+    let absolute = program.starts_with('/') && !program.ends_with('/');
+    // podman takes what is JSON for a list of words.
+    let plain =
+        program.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_') && !program.contains('/');
+    if (absolute || plain) && !program.chars().any(char::is_control) {
+        return Ok(program);
+    }
+    Err(reader::Wrong::new(format!("must be a program in the image, not {}", quoted(&program)))
+        .hint("for example \"/app/llama-server\", or \"llama-server\" where it is on the image's PATH"))
 }
 
 /// Services without which there is no machine, or no way to it; with a `*` at the end, all that begin so.

@@ -22,7 +22,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-pub use daemon::{Adopted, Daemon, EngineSource, Mode, Peers, Reserve, Swap};
+pub use daemon::{Adopted, Daemon, EngineSource, Image, Mode, Peers, Reserve, Swap};
 pub use instance::{Instance, ModelName, NameError};
 pub use model::{
     DEFAULT_CACHE_TYPE, DEFAULT_ENGINE, DEFAULT_HOST, DEFAULT_PORT, DEFAULT_PRIORITY, DEFAULT_STALL_TIMEOUT,

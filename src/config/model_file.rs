@@ -85,6 +85,12 @@ const LLAMA_SERVER_KEYS: [&str; 12] = [
 const ESCAPES: [&str; 8] =
     ["toolbox", "distrobox", "distrobox-enter", "podman", "docker", "nerdctl", "machinectl", "systemd-run"];
 
+/// Programs that run another one, which stands among their arguments.
+const WRAPPERS: [&str; 12] = [
+    "env", "nice", "ionice", "chrt", "taskset", "numactl", "nohup", "setsid", "stdbuf", "timeout", "sudo",
+    "runuser",
+];
+
 /// Keys that belong to one model and can have no default for all.
 pub(super) const KEYS_OF_ONE_MODEL: [&str; 8] =
     ["model", "mmproj", "draft-model", "aliases", "port", "command", "memory", "gpu-memory"];
@@ -344,18 +350,32 @@ fn command(item: &Item) -> Result<Vec<String>, reader::Wrong> {
             "must begin with the absolute path of a program, not {}",
             quoted(program)
         ))),
-        Some(program) => match ESCAPES.iter().find(|name| program.rsplit('/').next() == Some(**name)) {
+        Some(_) => match escape(&arguments) {
             None => Ok(arguments),
             Some(name) => Err(reader::Wrong::new(format!(
                 "must not run the engine by {name}, which has its processes outside of the unit: there they are neither \
                  measured nor limited, and go on when it stops"
             ))
             .hint(
-                "name the engine's own program; or run the container as a service of its own (a Quadlet), and adopt that \
-                 in plimsoll.toml under [adopt.\"NAME.service\"]",
+                "for llama-server in a container write [engine.NAME] and image = \"…\" into plimsoll.toml, and \
+                 engine = \"NAME\" here; for another engine name its own program, or run the container as a service of \
+                 its own (a Quadlet) and adopt that in plimsoll.toml under [adopt.\"NAME.service\"]",
             )),
         },
     }
+}
+
+/// The program among `command` that has what it runs started by somebody else.
+fn escape(command: &[String]) -> Option<&'static str> {
+    let named = |word: &String, names: &[&'static str]| {
+        let name = word.rsplit('/').next();
+        names.iter().copied().find(|known| name == Some(*known))
+    };
+    let (program, arguments) = command.split_first()?;
+    named(program, &ESCAPES).or_else(|| {
+        named(program, &WRAPPERS)?;
+        arguments.iter().find_map(|word| named(word, &ESCAPES))
+    })
 }
 
 /// `environment` is read key by key, so that one that is wrong is named at its own place.

@@ -71,12 +71,6 @@ pub enum Error {
         /// The instance.
         instance: Instance,
     },
-    /// Container engines come later.
-    #[error("engine '{engine}' is a container image, which is not supported yet: give its 'path' instead")]
-    Container {
-        /// The engine's name.
-        engine: String,
-    },
     /// No engine of this name is configured.
     #[error("engine '{engine}' is not configured, or plimsoll.toml has errors: plimsoll validate")]
     UnknownEngine {

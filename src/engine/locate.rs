@@ -7,26 +7,65 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{AccessFlags, access};
 
 use super::error::Error;
-use crate::config::{DEFAULT_ENGINE, Daemon, EngineSource, Model};
+use crate::config::{DEFAULT_ENGINE, Daemon, EngineSource, Image, Model};
 
 /// Where llama-server is looked for when the configuration names no path: never along `PATH`.
 pub const DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/opt/llama.cpp/bin"];
 
-/// The executable that runs `model`, checked to be one that this process may run.
+/// What runs a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// An executable file.
+    Program(PathBuf),
+    /// llama-server in a container image.
+    Image(Image),
+}
+
+impl Engine {
+    /// The executable file, of an engine that is one.
+    #[must_use]
+    pub fn program(&self) -> Option<&Path> {
+        match self {
+            Self::Program(path) => Some(path),
+            Self::Image(_) => None,
+        }
+    }
+
+    /// What stands for it at the beginning of a command line: the file, or the name of the image.
+    #[must_use]
+    pub fn word(&self) -> PathBuf {
+        match self {
+            Self::Program(path) => path.clone(),
+            Self::Image(image) => PathBuf::from(&image.name),
+        }
+    }
+}
+
+/// The engine of `model`. An executable is checked to be one that this process may run; whether an image is there only
+/// podman knows.
 ///
 /// # Errors
-/// There is none, it is no executable file, or the engine is a container image.
-pub fn locate(model: &Model, daemon: &Daemon) -> Result<PathBuf, Error> {
+/// There is none, or it is no executable file.
+pub fn locate(model: &Model, daemon: &Daemon) -> Result<Engine, Error> {
     if let Some(program) = model.command.as_ref().and_then(|command| command.first()) {
         let path = PathBuf::from(program);
-        return check_executable(&path).map(|()| path);
+        return check_executable(&path).map(|()| Engine::Program(path));
     }
     match daemon.engines.get(&model.engine) {
-        Some(EngineSource::Path(path)) => check_executable(path).map(|()| path.clone()),
-        Some(EngineSource::Image(_)) => Err(Error::Container { engine: model.engine.clone() }),
-        None if model.engine == DEFAULT_ENGINE => locate_default(),
+        Some(EngineSource::Path { path }) => check_executable(path).map(|()| Engine::Program(path.clone())),
+        Some(EngineSource::Image(image)) => Ok(Engine::Image(image.clone())),
+        None if model.engine == DEFAULT_ENGINE => locate_default().map(Engine::Program),
         // Only where plimsoll.toml has errors, so that its engines are not known.
         None => Err(Error::UnknownEngine { engine: model.engine.clone() }),
+    }
+}
+
+/// The image that is the engine of `model`, where it is one.
+#[must_use]
+pub fn image<'a>(model: &Model, daemon: &'a Daemon) -> Option<&'a Image> {
+    match daemon.engines.get(&model.engine).filter(|_| model.command.is_none()) {
+        Some(EngineSource::Image(image)) => Some(image),
+        _ => None,
     }
 }
 

@@ -8,6 +8,7 @@
 //! spells exactly them out. So what is priced is what is run.
 
 mod check;
+pub mod container;
 pub mod devices;
 mod effective;
 mod error;
@@ -26,7 +27,7 @@ pub use effective::{Automatic, Effective, Source, effective};
 pub use error::Error;
 pub use files::{NeededFile, Purpose, files};
 pub use launch::Launch;
-pub use locate::{DIRECTORIES, check_executable, locate, locate_default};
+pub use locate::{DIRECTORIES, Engine, check_executable, image, locate, locate_default};
 pub use mounts::{directories, drop_in};
 pub use version::Version;
 

@@ -18,7 +18,7 @@ pub fn directories(model: &Model, daemon: &Daemon) -> BTreeSet<PathBuf> {
     let mut paths: Vec<PathBuf> = keys.into_iter().flatten().cloned().collect();
     paths.extend(files(model, known.as_ref()).unwrap_or_default().into_iter().map(|file| file.path));
     paths.extend(model.command.as_ref().and_then(|command| command.first()).map(PathBuf::from));
-    if let Some(EngineSource::Path(path)) = daemon.engines.get(&model.engine) {
+    if let Some(EngineSource::Path { path }) = daemon.engines.get(&model.engine) {
         paths.push(path.clone());
     }
     let parents = paths.iter().filter_map(|path| path.parent());

@@ -14,6 +14,9 @@ pub struct Run {
     /// The instance, as after 'llm@'
     #[arg(value_name = "INSTANCE")]
     pub instance: String,
+    /// Started by root, for an engine that is a container image (what plimsoll's generator writes for it)
+    #[arg(long, hide = true)]
+    pub container: bool,
     #[command(flatten)]
     pub root: Root,
 }

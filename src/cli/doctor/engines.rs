@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::checks::{Finding, Level};
+use super::containers;
 use crate::bytes::Bytes;
 use crate::cli::fit;
 use crate::cli::inquiry;
-use crate::config::{Daemon, EngineSource, Loaded, Model};
+use crate::config::{Daemon, Loaded, Model};
 use crate::engine::opinion::{TOOL, tool};
-use crate::engine::{self, version};
+use crate::engine::{self, Engine, version};
 
 /// Where to get the tool.
 const PACKAGE: &str = "Debian's package is llama.cpp-tools-extra; from source it is built as llama-server is";
@@ -19,11 +20,12 @@ pub fn check(root: &Path, loaded: &Loaded) -> Vec<Finding> {
     let daemon = loaded.settings.clone().unwrap_or_default();
     let mut programs: BTreeMap<PathBuf, BTreeMap<String, String>> = BTreeMap::new();
     let mut found = Vec::new();
-    let mut find = |located: Result<PathBuf, engine::Error>, environment: &BTreeMap<String, String>| {
+    let mut find = |located: Result<Engine, engine::Error>, environment: &BTreeMap<String, String>| {
         match located {
-            Ok(program) => {
+            Ok(Engine::Program(program)) => {
                 programs.entry(program).or_insert_with(|| environment.clone());
             }
+            Ok(Engine::Image(_)) => {}
             Err(error) => {
                 let fix = "install llama.cpp (Debian's package is llama.cpp-tools), or name the program's path under \
                        [engine.NAME] in /etc/plimsoll/plimsoll.toml";
@@ -36,7 +38,7 @@ pub fn check(root: &Path, loaded: &Loaded) -> Vec<Finding> {
         find(engine::locate(model, &daemon), &model.environment.0);
     }
     if loaded.models.is_empty() {
-        find(engine::locate_default(), &BTreeMap::new());
+        find(engine::locate_default().map(Engine::Program), &BTreeMap::new());
     }
     found.dedup();
     for (program, environment) in &programs {
@@ -49,14 +51,14 @@ pub fn check(root: &Path, loaded: &Loaded) -> Vec<Finding> {
             found.push(Finding { fix: Some(PACKAGE.to_owned()), ..Finding::note("opinion", text) });
         }
     }
+    found.extend(containers::check(&daemon, nix::unistd::geteuid().is_root()));
     found.extend(priced.iter().filter_map(|model| of_model(root, model, &daemon)));
     found
 }
 
 /// Whether it is a file that llama-server runs, whose size is estimated.
 fn is_priced(model: &Model, daemon: &Daemon) -> bool {
-    let image = matches!(daemon.engines.get(&model.engine), Some(EngineSource::Image(_)));
-    model.command.is_none() && model.memory.is_none() && !image
+    model.command.is_none() && model.memory.is_none() && engine::image(model, daemon).is_none()
 }
 
 fn of_engine(program: &Path, environment: &BTreeMap<String, String>) -> Finding {
@@ -79,8 +81,8 @@ fn of_engine(program: &Path, environment: &BTreeMap<String, String>) -> Finding 
 
 /// The second opinion on a configured model; none where there is no tool.
 fn of_model(root: &Path, model: &Model, daemon: &Daemon) -> Option<Finding> {
-    let program = engine::locate(model, daemon).ok()?;
-    tool(Some(&program))?;
+    let engine = engine::locate(model, daemon).ok()?;
+    tool(Some(engine.program()?))?;
     let name = &model.name;
     Some(match fit::second_opinion(root, name.as_str()) {
         Ok(0) => Finding::ok("opinion", format!("{name}: {TOOL} says no more than the estimate")),

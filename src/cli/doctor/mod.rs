@@ -1,6 +1,7 @@
 //! `plimsoll doctor`: what of this machine stands in the way of models, each with the exact fix.
 
 mod checks;
+mod containers;
 mod engines;
 mod snapshot;
 

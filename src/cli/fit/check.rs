@@ -11,6 +11,7 @@ use crate::bytes::{Bytes, MIB};
 use crate::cli::failure::Failure;
 use crate::cli::inquiry;
 use crate::cli::output::{Align, Painter, Style, Table, wrap};
+use crate::engine::Engine;
 use crate::engine::opinion::{self, Comparison, Row, TOOL};
 use crate::fit::{self, Beside, Settings};
 
@@ -45,7 +46,13 @@ pub fn check(subject: &Subject, pricer: &Pricer<'_>, lines: &[Line]) -> Check {
     let Some(shard) = shard else {
         return Check::Unasked(format!("{TOOL} can only be asked about files of this machine"));
     };
-    let Some(tool) = opinion::tool(subject.engine.as_deref()) else {
+    if let Some(Engine::Image(image)) = &subject.engine {
+        return Check::Unasked(format!(
+            "{TOOL} is not asked in a container, and the engine is the image {}",
+            image.name
+        ));
+    }
+    let Some(tool) = opinion::tool(subject.engine.as_ref().and_then(Engine::program)) else {
         return Check::Unasked(format!(
             "{TOOL} is not installed: it belongs beside llama-server (Debian's package is llama.cpp-tools-extra), \
              or into /usr/bin"

@@ -10,7 +10,7 @@ use crate::cli::args::Fit;
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::remote;
 use crate::config::{self, Oversize, Reserve};
-use crate::engine;
+use crate::engine::{self, Engine};
 use crate::fit::args::{self, Origin, Parsed};
 use crate::fit::{FitError, Settings};
 use crate::gguf::Model;
@@ -36,8 +36,8 @@ pub struct Subject {
     pub oversize: Oversize,
     /// The configured reserve.
     pub reserve: Reserve,
-    /// The engine's program, where it is installed.
-    pub engine: Option<PathBuf>,
+    /// The engine, where it is installed.
+    pub engine: Option<Engine>,
     /// Variables that the configuration gives it.
     pub environment: BTreeMap<String, String>,
     /// Where its description comes from.
@@ -204,7 +204,7 @@ impl Subject {
             configured: false,
             oversize: Oversize::default(),
             reserve,
-            engine: engine::locate_default().ok(),
+            engine: engine::locate_default().ok().map(Engine::Program),
             environment: BTreeMap::new(),
             provenance: Provenance::File,
         }

@@ -168,7 +168,7 @@ impl RealCatalog {
 impl RealCatalog {
     /// The machine's GPUs as the subject's engine sees them, and its version.
     fn seen_by_engine(&self, subject: &Subject, wish: &Wish, gpus: &[Gpu]) -> Result<Seen, CatalogError> {
-        let program = engine::locate(subject.model()?, &subject.settings).map_err(config_error)?;
+        let program = engine::locate(subject.model()?, &subject.settings).map_err(config_error)?.word();
         let mut engines = self.engines.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(engines.seen(program, &wish.engine, gpus))
     }
@@ -444,7 +444,8 @@ impl Catalog for RealCatalog {
                 // Its size is unknown or declared: the engine gets what is configured, as it is.
                 _ => (effective.settings.clone(), None),
             };
-            let executable = engine::locate(model, &subject.settings).map_err(config_error)?;
+            // Of an image `plimsoll run` makes podman's command line, for which one has to look at the machine as root.
+            let executable = engine::locate(model, &subject.settings).map_err(config_error)?.word();
             let version = seen.version.as_ref();
             let instance = &subject.instance;
             let mut launch =

@@ -246,7 +246,7 @@ fn once(lab: &Lab, protector: Protector, rate: Bytes) -> Result<Run> {
     // A protector that had to be started again has not protected.
     let after = guest.ok(&format!("systemctl show --value -p MainPID {}", protector.unit()))?;
     ensure!(before == after, "{} was started anew\n{}", protector.name(), guest.evidence());
-    let orphans = guest.ok("for pid in $(pgrep -f 'strain engine'); do \
+    let orphans = guest.ok("for pid in $(pgrep -f '[s]train engine'); do \
            unit=$(sed -n 's,.*/\\(llm@[^/]*\\.service\\).*,\\1,p' /proc/$pid/cgroup 2>/dev/null); \
            case $(systemctl show --value -p ActiveState \"${unit:-none.service}\") in inactive|failed) echo $pid;; esac; done | wc -l")?;
     Ok(Run {

@@ -5,6 +5,7 @@ mod activity;
 mod admission;
 mod boot;
 mod broken;
+mod container;
 mod daemon;
 mod faults;
 mod fit;
@@ -96,4 +97,7 @@ pub const NAMED: &[Scenario] = &[
     Scenario { name: "pressure::load_that_fits_evicts_nobody", run: pressure::load_that_fits_evicts_nobody },
     Scenario { name: "pressure::the_last_rung_stands_in", run: pressure::the_last_rung_stands_in },
     Scenario { name: "pressure::nothing_holds_up_the_loop", run: pressure::nothing_holds_up_the_loop },
+    Scenario { name: "container::runs_in_its_unit", run: container::runs_in_its_unit },
+    Scenario { name: "container::ends_and_gives_way", run: container::ends_and_gives_way },
+    Scenario { name: "container::escapes_are_refused", run: container::escapes_are_refused },
 ];
