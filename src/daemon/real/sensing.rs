@@ -103,6 +103,11 @@ struct Eaters {
 }
 
 impl Eaters {
+    /// Whether it is time for another look: each reads some files of every group, and wakes the loop when it is done.
+    fn is_due(&self, now: Instant) -> bool {
+        !self.looking && self.seen.as_ref().is_none_or(|(then, _)| now.duration_since(*then) >= GROWTH)
+    }
+
     /// Takes in a look at who holds what; who grew most since the last one, if that was not too long ago.
     fn take(&mut self, now: Instant, held: BTreeMap<ControlGroup, Bytes>) {
         if let Some((then, before)) = &self.seen
@@ -189,7 +194,7 @@ impl Sensing {
         let pressure = self.rates.machine(now, available, stall);
         let soon = !pressure.falling.is_zero() && available.0 / pressure.falling.0.max(1) < SOON;
         let mut eaters = self.eaters.lock().unwrap_or_else(PoisonError::into_inner);
-        if soon && !eaters.looking {
+        if soon && eaters.is_due(now) {
             eaters.looking = true;
             let (host, eaters, inputs) = (self.host.clone(), Arc::clone(&self.eaters), self.inputs.clone());
             tokio::task::spawn_blocking(move || look_for_eater(&host, &eaters, &inputs));
@@ -346,6 +351,18 @@ mod tests {
         assert_eq!(eaters.eater, None, "nobody grows");
         eaters.take(now + Duration::from_secs(99), held(99, 5));
         assert_eq!(eaters.eater, None, "too long ago to tell");
+    }
+
+    #[test]
+    fn who_eats_is_not_looked_for_without_a_pause() {
+        let now = Instant::now();
+        let mut eaters = Eaters::default();
+        assert!(eaters.is_due(now));
+        eaters.take(now, BTreeMap::new());
+        assert!(!eaters.is_due(now + GROWTH / 2));
+        assert!(eaters.is_due(now + GROWTH));
+        eaters.looking = true;
+        assert!(!eaters.is_due(now + GROWTH));
     }
 
     #[test]
