@@ -13,7 +13,7 @@ use super::inquiry::{self, Said};
 use super::output;
 use super::user::EngineUser;
 use crate::config::{self, Image, Instance};
-use crate::engine::container::{About, Container, FORMAT, Inside, PODMAN, SEARCHED, name};
+use crate::engine::container::{About, Container, FORMAT, Inside, PODMAN, SEARCHED, ask_name, name};
 use crate::engine::{self, check_executable};
 
 /// How long the engine may take for an answer in its container; podman ends it then.
@@ -36,6 +36,7 @@ pub struct Ready<'a> {
     image: Image,
     about: About,
     name: String,
+    ask_name: String,
     user: &'a EngineUser,
     inside: Inside,
 }
@@ -66,7 +67,14 @@ impl<'a> Ready<'a> {
             init: init(),
             cache: cache.map(Path::to_owned),
         };
-        Ok(Self { image: image.clone(), about, name: name(instance), user, inside })
+        Ok(Self {
+            image: image.clone(),
+            about,
+            name: name(instance),
+            ask_name: ask_name(instance),
+            user,
+            inside,
+        })
     }
 
     /// What its llama-server says of itself: as [`inquiry::ask`], in a container of its own in the unit. `of_model` is the
@@ -80,8 +88,7 @@ impl<'a> Ready<'a> {
         // Command lines can be read by everyone, and no secret changes these answers.
         environment.retain(|name, _| !config::sounds_secret(name));
         let asked = Container {
-            // Two instances that ask at the same time have one each.
-            name: self.name.replacen("plimsoll", "plimsoll.ask", 1),
+            name: self.ask_name.clone(),
             image: &self.image,
             about: &self.about,
             inside: &self.inside,

@@ -43,7 +43,9 @@ impl Patience {
     /// What `plimsoll run` has: an upgrade or a crash of the daemon takes seconds.
     pub const NORMAL: Self = Self { absent: Duration::from_secs(60), asks: 10 };
     /// For what a person may as well ask again; the time is for a daemon that the bus starts.
-    pub const NONE: Self = Self { absent: Duration::from_secs(5), asks: 1 };
+    pub const NONE: Self = Self { absent: Duration::from_secs(25), asks: 1 };
+    /// For what waits as long as it takes: the daemon may go away as often as it likes.
+    pub const LONG: Self = Self { asks: u32::MAX, ..Self::NORMAL };
 }
 
 /// What dbus-daemon lets pass in a message on the system bus; it cuts the connection at more. A

@@ -74,7 +74,7 @@ fn hold(common: &Common, args: &Lease, name: &ModelName) -> Result<OwnedFd, Fail
     let ours = format!("lease:{name}");
     // Of several of one name, each shows what the others wait for: better than nothing.
     let about = |instance: &str| instance.split('@').next() == Some(ours.as_str());
-    let patience = if args.wait { Patience::NORMAL } else { Patience::NONE };
+    let patience = if args.wait { Patience::LONG } else { Patience::NONE };
     let bus = super::bus_address(common);
     super::block_on(async {
         let connect = || Client::connect(bus.as_deref(), !common.no_ask_password);

@@ -33,7 +33,10 @@ impl EngineUser {
                 .hint("'systemd-sysusers plimsoll.conf' as root makes it")
         })?;
         let groups = CString::new(ENGINES).ok().and_then(|name| getgrouplist(&name, user.gid).ok());
-        let user = Self { uid: user.uid, gid: user.gid, groups: groups.unwrap_or_else(|| vec![user.gid]) };
+        // Without them its devices would be missing.
+        let groups = groups
+            .ok_or_else(|| Failure::failed(format!("the groups of the user {ENGINES} can't be looked up")))?;
+        let user = Self { uid: user.uid, gid: user.gid, groups };
         user.drop_rights()?;
         Ok(user)
     }

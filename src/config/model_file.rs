@@ -374,7 +374,10 @@ fn escape(command: &[String]) -> Option<&'static str> {
     let (program, arguments) = command.split_first()?;
     named(program, &ESCAPES).or_else(|| {
         named(program, &WRAPPERS)?;
-        arguments.iter().find_map(|word| named(word, &ESCAPES))
+        // Up to the program that it runs: what stands behind is no program.
+        let program = |word: &&String| word.starts_with('/') && named(word, &WRAPPERS).is_none();
+        let end = arguments.iter().position(|word| program(&word)).map_or(arguments.len(), |n| n + 1);
+        arguments.iter().take(end).find_map(|word| named(word, &ESCAPES))
     })
 }
 
@@ -408,4 +411,20 @@ fn environment(r: &mut Reader<'_>) -> Environment {
         variables.insert(name, value);
     }
     Environment(variables)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_escapes_is_the_program_and_not_what_it_is_given() {
+        let of = |words: &[&str]| escape(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
+        assert_eq!(of(&["/usr/bin/podman", "run", "x"]), Some("podman"));
+        assert_eq!(of(&["/usr/bin/env", "A=b", "podman", "exec", "x"]), Some("podman"));
+        assert_eq!(of(&["/usr/bin/nice", "/usr/bin/env", "/usr/bin/docker", "run"]), Some("docker"));
+        assert_eq!(of(&["/usr/bin/nice", "/opt/x/serve", "--cache", "/srv/docker"]), None);
+        assert_eq!(of(&["/opt/x/serve", "docker"]), None);
+        assert_eq!(of(&[]), None);
+    }
 }

@@ -126,6 +126,13 @@ pub fn name(instance: &Instance) -> String {
     }
 }
 
+/// The name of the container in which its engine is asked what it can do. Two instances that ask at the same time have one
+/// each.
+#[must_use]
+pub fn ask_name(instance: &Instance) -> String {
+    name(instance).replacen("plimsoll", "plimsoll.ask", 1)
+}
+
 impl Container<'_> {
     /// The command line that runs its llama-server with `arguments`.
     #[must_use]
@@ -205,7 +212,7 @@ fn mount(path: &Path, rights: &str) -> String {
 pub fn drop_in(instance: &Instance) -> String {
     let capabilities = CAPABILITIES.map(|(name, why)| format!("#   CAP_{name:12} {why}\n")).concat();
     let bounding = CAPABILITIES.map(|(name, _)| format!("CAP_{name}")).join(" ");
-    let name = name(instance);
+    let names = [name(instance), ask_name(instance)].join(" ");
     format!(
         "# Written by plimsoll's generator: the engine of this model is a container image.
 
@@ -218,7 +225,7 @@ ExecStart=
 ExecStart=!/usr/bin/plimsoll run --container %i
 # What a container leaves that was killed. Not with the unit's HOME=, where the engine can write: podman's own settings
 # may lie there.
-ExecStopPost=-!/usr/bin/env --ignore-environment HOME=/root PATH={SEARCHED} {PODMAN} rm --force --ignore {name}
+ExecStopPost=-!/usr/bin/env --ignore-environment HOME=/root PATH={SEARCHED} {PODMAN} rm --force --ignore {names}
 # The image has no such program.
 RestartPreventExitStatus=126 127
 # Of root in this unit; the engine has none of them:
@@ -360,7 +367,10 @@ mod tests {
         let start = lines.iter().position(|line| *line == "ExecStart=").unwrap();
         assert_eq!(lines[start + 1], "ExecStart=!/usr/bin/plimsoll run --container %i");
         let clean = lines.iter().find(|line| line.starts_with("ExecStopPost=-!")).unwrap();
-        assert!(clean.ends_with(" /usr/bin/podman rm --force --ignore plimsoll.2-m"), "{clean}");
+        assert!(
+            clean.ends_with(" /usr/bin/podman rm --force --ignore plimsoll.2-m plimsoll.ask.2-m"),
+            "{clean}"
+        );
         assert!(clean.contains(" --ignore-environment HOME=/root "), "{clean}");
         assert!(text.contains("\nCapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_CHROOT "), "{text}");
         assert!(

@@ -208,7 +208,7 @@ pub fn ends_and_gives_way(lab: &mut Lab) -> Result<()> {
         Ok((active && now != 0 && now != main && guest.completion(8002).is_ok()).then_some(()))
     })?;
     let journal = lab.guest.journal_since(&cursor, "-u plimsolld.service")?;
-    ensure!(journal.contains("rival-b"), "the restart did not pass the gate: {journal}");
+    ensure!(journal.contains("rival-b is admitted"), "the restart did not pass the gate: {journal}");
     let containers = lab.guest.ok("podman ps --all --format '{{.Names}}'")?;
     ensure!(containers == "plimsoll-rival-b", "{containers}");
     lab.serve("rival-a", 8001)?;
