@@ -152,7 +152,7 @@ impl<T, C: AsyncFn(&Client) -> Result<T, CallError>> Asker<'_, C> {
                 return Err(CallError::Unreachable(format!("it went away {} times in mid-call", self.asked)));
             }
             self.asked += 1;
-            let ended = self.ask_owner(client, &asked, &mut owners, &mut progress, say).await;
+            let ended = self.ask_owner(client, &bus, &asked, &mut owners, &mut progress, say).await;
             // The answer may have been waited for long: absence counts from here.
             self.deadline = Instant::now() + self.patience.absent;
             match ended? {
@@ -199,6 +199,7 @@ impl<T, C: AsyncFn(&Client) -> Result<T, CallError>> Asker<'_, C> {
     async fn ask_owner(
         &self,
         client: &Client,
+        bus: &DBusProxy<'_>,
         asked: &OwnedUniqueName,
         owners: &mut zbus::proxy::OwnerChangedStream<'_>,
         progress: &mut crate::dbus::proxy::AdmitProgressStream,
@@ -211,8 +212,11 @@ impl<T, C: AsyncFn(&Client) -> Result<T, CallError>> Asker<'_, C> {
                 biased;
                 answer = &mut call => return Ok(Ended::Answered(answer)),
                 change = next(owners) => match change {
-                    Some(Some(owner)) if owner == *asked => {}
-                    Some(owner) => return Ok(Ended::OwnerChanged(owner.map(Into::into))),
+                    // Changes up to this owner may be told only now; to ask the same one twice would be two questions.
+                    Some(_) => match owner_of(bus).await? {
+                        Some(owner) if owner == *asked => {}
+                        owner => return Ok(Ended::OwnerChanged(owner)),
+                    },
                     None => return Err(CallError::Unreachable("the bus closed the connection".to_owned())),
                 },
                 signal = next(progress) => match signal {
@@ -380,8 +384,10 @@ mod tests {
             daemon.close().await.unwrap();
             serve(&bus, Behaviour::Admit).await
         };
-        let ((answer, said), _again) = tokio::join!(ask_on(&bus.address, &[], LONG), restart);
+        let ((answer, said), (_again, mut heard)) = tokio::join!(ask_on(&bus.address, &[], LONG), restart);
         assert!(answer.is_ok(), "{answer:?}");
+        assert_eq!(heard.recv().await, Some(("x".to_owned(), 0)));
+        assert!(heard.try_recv().is_err(), "the new one was asked twice");
         assert!(said.contains(&"stopping small".to_owned()), "{said:?}");
     }
 
