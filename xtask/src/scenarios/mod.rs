@@ -90,7 +90,7 @@ scenarios![
     package::purge_keeps_models,
 ];
 
-/// Run only when they are named: passed, but not often enough yet to hold up a landing.
+/// Run only when they are named: they have not passed often enough yet to hold up a landing.
 pub const NAMED: &[Scenario] = &[
     Scenario { name: "pressure::an_eater_makes_the_lowest_go", run: pressure::an_eater_makes_the_lowest_go },
     Scenario { name: "pressure::a_stubborn_one_is_killed", run: pressure::a_stubborn_one_is_killed },
