@@ -135,8 +135,8 @@ impl Directory {
             no_copy_on_write(&file).map_err(failed("copy-on-write can't be switched off"))?;
         }
         allocate(&file, size).map_err(failed("no room can be set aside for it"))?;
-        // Not flushed here: swapon(2) has the file system do that (iomap_swapfile_activate, btrfs_swap_activate).
         write_header(&file, size, uuid).map_err(failed("its header can't be written"))?;
+        file.sync_all().map_err(failed("it can't be written"))?;
         // By the descriptor: it is this file, whatever happens to its name.
         let itself = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
         match swap_on(&itself) {

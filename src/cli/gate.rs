@@ -46,6 +46,11 @@ impl Patience {
     pub const NONE: Self = Self { absent: Duration::from_secs(25), asks: 1 };
     /// For what waits as long as it takes: the daemon may go away as often as it likes.
     pub const LONG: Self = Self { asks: u32::MAX, ..Self::NORMAL };
+
+    /// Whether a daemon that is not there, and does not start, is told at once.
+    fn is_none(self) -> bool {
+        self.asks == 1
+    }
 }
 
 /// What dbus-daemon lets pass in a message on the system bus; it cuts the connection at more. A
@@ -106,7 +111,7 @@ pub async fn insist<T, C: AsyncFn(&Client) -> Result<T, CallError>>(
             Err(error) => error,
         };
         // The bus itself is gone or never was: it may come back as well.
-        if asker.exhausted() {
+        if patience.is_none() || asker.exhausted() {
             return Err(error);
         }
         say("waiting for the message bus");
@@ -149,7 +154,8 @@ impl<T, C: AsyncFn(&Client) -> Result<T, CallError>> Asker<'_, C> {
                 continue;
             };
             if self.asked >= self.patience.asks {
-                return Err(CallError::Unreachable(format!("it went away {} times in mid-call", self.asked)));
+                let times = if self.asked == 1 { String::new() } else { format!(" {} times", self.asked) };
+                return Err(CallError::Unreachable(format!("it went away{times} in mid-call")));
             }
             self.asked += 1;
             let ended = self.ask_owner(client, &bus, &asked, &mut owners, &mut progress, say).await;
@@ -181,6 +187,9 @@ impl<T, C: AsyncFn(&Client) -> Result<T, CallError>> Asker<'_, C> {
         if let Some(owner) = owner_of(bus).await? {
             return Ok(Some(owner));
         }
+        if self.patience.is_none() {
+            return Err(CallError::Unreachable(why));
+        }
         loop {
             tokio::select! {
                 change = next(owners) => match change {
@@ -211,14 +220,7 @@ impl<T, C: AsyncFn(&Client) -> Result<T, CallError>> Asker<'_, C> {
             tokio::select! {
                 biased;
                 answer = &mut call => return Ok(Ended::Answered(answer)),
-                change = next(owners) => match change {
-                    // Changes up to this owner may be told only now; to ask the same one twice would be two questions.
-                    Some(_) => match owner_of(bus).await? {
-                        Some(owner) if owner == *asked => {}
-                        owner => return Ok(Ended::OwnerChanged(owner)),
-                    },
-                    None => return Err(CallError::Unreachable("the bus closed the connection".to_owned())),
-                },
+                // Told in order: what was said before the owner changed is said before it is asked about.
                 signal = next(progress) => match signal {
                     Some(signal) => {
                         if let Ok(args) = signal.args()
@@ -227,6 +229,14 @@ impl<T, C: AsyncFn(&Client) -> Result<T, CallError>> Asker<'_, C> {
                             say(&args.text);
                         }
                     }
+                    None => return Err(CallError::Unreachable("the bus closed the connection".to_owned())),
+                },
+                change = next(owners) => match change {
+                    // Changes up to this owner may be told only now; to ask the same one twice would be two questions.
+                    Some(_) => match owner_of(bus).await? {
+                        Some(owner) if owner == *asked => {}
+                        owner => return Ok(Ended::OwnerChanged(owner)),
+                    },
                     None => return Err(CallError::Unreachable("the bus closed the connection".to_owned())),
                 },
             }
@@ -415,6 +425,17 @@ mod tests {
         assert_eq!(said, ["waiting for plimsolld"]);
         let (answer, _) = ask_on("unix:path=/nowhere/bus", &[], SHORT).await;
         assert!(matches!(answer, Err(CallError::Unreachable(_))), "{answer:?}");
+    }
+
+    #[tokio::test]
+    async fn without_patience_a_daemon_that_can_not_be_started_is_told_at_once() {
+        let Some(bus) = Bus::start() else { return };
+        // The bus knows of no such service, and is asked once; the time is for one that takes long to start.
+        for address in [bus.address.as_str(), "unix:path=/nowhere/bus"] {
+            let asked = tokio::time::timeout(Patience::NONE.absent / 2, ask_on(address, &[], Patience::NONE));
+            let (answer, _) = asked.await.unwrap();
+            assert!(matches!(answer, Err(CallError::Unreachable(_))), "{answer:?}");
+        }
     }
 
     #[tokio::test]

@@ -1,9 +1,10 @@
 //! `plimsoll-generator`: a systemd.generator(7), by the name that this program is called by.
 //!
 //! Writes for every model a drop-in with the mounts that its files lie on, so that a start at boot
-//! waits for them; for one whose engine is a container image another with what podman needs; and for every mount the enabled models on it, so that one which is mounted only later
-//! starts them. It runs before anything is mounted, logged or reachable over the bus; nothing that it
-//! finds wrong may keep the machine from booting.
+//! waits for them; for one whose engine is a container image another with what podman needs; and for
+//! every mount the enabled models on it, so that one which is mounted only later starts them. It runs
+//! before anything is mounted, logged or reachable over the bus; nothing that it finds wrong may keep
+//! the machine from booting.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};

@@ -1,6 +1,7 @@
 //! What a protector costs while nothing happens: memory, wake-ups and processor time, beside earlyoom and systemd-oomd.
 //!
-//! Three models are loaded and idle, and the guest has memory to spare; nobody asks anybody for anything.
+//! Three models are loaded and idle; nobody asks anybody for anything. How often the daemon looks follows what is left of
+//! memory: `--memory` says how much there is.
 
 use super::{BenchOptions, boot};
 use crate::lab::{Lab, PATIENCE};
@@ -11,16 +12,13 @@ use std::path::Path;
 
 /// How long each is looked at; seconds.
 const LENGTH: u32 = 120;
-/// Headroom is ample in a guest of so many MiB.
-const MEMORY: u32 = 4096;
 /// Who is looked at: names of units.
 const PROTECTORS: [&str; 3] = ["plimsolld", "earlyoom", "systemd-oomd"];
 
 /// All three as rows of a table, and where the daemon's own memory lies.
 pub fn bench(options: &BenchOptions, programs: &Path) -> Result<()> {
-    let mut machine = options.machine.clone();
-    machine.memory = machine.memory.max(MEMORY);
-    let lab = boot(options, programs, &machine, &models::ensure_disk()?)?;
+    let machine = &options.machine;
+    let lab = boot(options, programs, machine, &models::ensure_disk()?)?;
     let available = idle_models(&lab)?;
     println!(
         "three models idle in {} MiB, of which {available} are available; each for {LENGTH} s:",

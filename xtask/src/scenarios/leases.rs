@@ -61,6 +61,14 @@ pub fn makes_room_and_ends_with_its_command(lab: &mut Lab) -> Result<()> {
     guest.ok("systemctl reset-failed 'holder*'; true").map(drop)
 }
 
+/// Waits for a daemon that is not `before` to answer.
+fn another_daemon(lab: &Lab, before: u32) -> Result<()> {
+    lab.guest.wait_for("another daemon", PATIENCE, |_| {
+        Ok(lab.daemon_pid().ok().filter(|pid| *pid != 0 && *pid != before))
+    })?;
+    lab.guest.wait_until("it answers", PATIENCE, "plimsoll status >/dev/null")
+}
+
 /// The names of those that are held.
 fn names(lab: &Lab) -> Result<Vec<String>> {
     let held = lab.status()?.leases.into_iter().filter(|lease| lease.state == "held");
@@ -79,10 +87,7 @@ pub fn outlives_the_daemon(lab: &mut Lab) -> Result<()> {
     for how in ["systemctl restart plimsolld.service", "systemctl kill -s KILL plimsolld.service"] {
         let before = lab.daemon_pid()?;
         guest.ok(how)?;
-        guest.wait_for("another daemon", PATIENCE, |_| {
-            Ok(lab.daemon_pid().ok().filter(|pid| *pid != 0 && *pid != before))
-        })?;
-        guest.wait_until("it answers", PATIENCE, "plimsoll status >/dev/null")?;
+        another_daemon(lab, before)?;
         let names = names(lab)?;
         ensure!(names == ["lease:brief", "lease:kept"], "{how}: {names:?}{}", guest.evidence());
         ensure!(lab.memory_pool()?.reserved_bytes == reserved, "{how}: less is reserved");
@@ -108,10 +113,7 @@ pub fn outlives_the_daemon(lab: &mut Lab) -> Result<()> {
     guest.wait_for("one waits for room", PATIENCE, |_| waits(lab))?;
     let before = lab.daemon_pid()?;
     guest.ok("systemctl kill -s KILL plimsolld.service")?;
-    guest.wait_for("another daemon", PATIENCE, |_| {
-        Ok(lab.daemon_pid().ok().filter(|pid| *pid != 0 && *pid != before))
-    })?;
-    guest.wait_until("it answers", PATIENCE, "plimsoll status >/dev/null")?;
+    another_daemon(lab, before)?;
     guest.wait_for("it waits for room again", PATIENCE, |_| waits(lab))?;
     guest.ok("systemctl stop holder.service")?;
     guest.wait_for("the one that waited", PATIENCE, |_| Ok((names(lab)? == ["lease:late"]).then_some(())))?;
