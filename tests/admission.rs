@@ -429,3 +429,24 @@ fn one_that_fails_to_load_again_and_again_stops_nobody_any_more() {
     assert_eq!(s.running(), ["broken"]);
     sound(&s);
 }
+
+#[test]
+fn nobody_returns_while_the_one_it_went_for_is_to_restart() {
+    let text =
+        "at = [{ seconds = 40, start = 'large' }, { seconds = 90, crash = 'large', restart-seconds = 30 }]
+         [machine]
+         memory = '128GiB'
+         system = '4GiB'
+         [models]
+         low = { weights = '60GiB', placement = 'anonymous', priority = 10 }
+         large = { weights = '80GiB', placement = 'anonymous', priority = 90, load-seconds = 20 }";
+    let mut s = simulation(text);
+    s.start("low").run(180);
+    assert_eq!((evicted(&s).len(), s.running()), (1, vec!["large".to_owned()]));
+    // Stopped, while it waits to be started again: then the room is free.
+    let stopped = text.replace("}]", "}, { seconds = 100, stop = 'large' }]");
+    let mut s = simulation(&stopped);
+    s.start("low").run(300);
+    assert_eq!(s.running(), ["low"]);
+    sound(&s);
+}

@@ -69,9 +69,12 @@ fn model(n: usize) -> impl Strategy<Value = String> {
 fn machines(ladder: bool) -> impl Strategy<Value = (String, usize)> {
     (2usize..8).prop_flat_map(move |count| {
         let models: Vec<_> = (0..count).map(model).collect();
-        let crashes = prop::collection::vec((1u64..400, 0..count), 0..3);
+        let crashes = prop::collection::vec((1u64..400, 0..count, 0u64..40), 0..3);
         (models, 40u64..140, 0u64..300, 0u8..8, crashes).prop_map(move |(models, gtt, disk, broken, crashes)| {
-            let crash = |(seconds, n): &(u64, usize)| format!("{{ seconds = {seconds}, crash = 'm{n}' }}");
+            let crash = |(seconds, n, restart): &(u64, usize, u64)| {
+                let restart = if *restart < 20 { String::new() } else { format!(", restart-seconds = {restart}") };
+                format!("{{ seconds = {seconds}, crash = 'm{n}'{restart} }}")
+            };
             let crashes: Vec<String> = crashes.iter().map(crash).collect();
             // One in eight kernels takes no swapfile, whatever room the disk has.
             let text = format!(

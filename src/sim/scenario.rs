@@ -170,6 +170,8 @@ pub struct Scripted {
     pub stop: Option<Instance>,
     /// This instance crashes.
     pub crash: Option<Instance>,
+    /// systemd starts the one that crashes again after so many seconds, unless somebody stops it before.
+    pub restart_seconds: Option<u64>,
     /// The system uses this much from now on.
     pub system: Option<Bytes>,
     /// Somebody asks a model for something.

@@ -2,7 +2,7 @@
 
 use super::{Action, ActionId, Core, Effect, Outcome};
 use crate::config::Instance;
-use crate::ledger::Machine;
+use crate::ledger::{Machine, Unit};
 use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::plan::fits_as_is;
 use crate::policy::request::{Mode, Request, Rung};
@@ -50,6 +50,11 @@ impl Core {
             if owed.not_before > now {
                 let time = owed.not_before;
                 self.wake_at(time);
+                continue;
+            }
+            // The one that it went for has crashed, and asks for the same room again in a moment.
+            let winner = owed.for_instance.as_ref().and_then(|winner| machine.units.get(winner));
+            if winner.is_some_and(Unit::awaits_restart) {
                 continue;
             }
             let running = machine.units.get(&owed.instance).is_some_and(|unit| unit.state.is_alive());

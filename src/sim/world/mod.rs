@@ -37,6 +37,8 @@ enum Happening {
     /// Memory that comes back late.
     Returned(Bytes),
     Scripted(Scripted),
+    /// systemd starts again what crashed in this start of it.
+    Restarts(Instance, u64),
     /// So many requests of this start of a unit have ended.
     Finished(Instance, u64, u32),
     Outcome(ActionId, Outcome),
@@ -50,6 +52,8 @@ struct SimUnit {
     /// Counts its starts; as text it is the InvocationID.
     invocation: u64,
     asked: bool,
+    /// systemd will start it again after its crash.
+    awaits_restart: bool,
     /// systemd started it again after a crash.
     restarted: bool,
     footprint: Footprint,
@@ -220,22 +224,26 @@ impl World {
                 }
                 out.extend(ids.into_iter().map(|id| Emitted::Outcome(id, Outcome::Done)));
             }
+            Happening::Restarts(instance, invocation) => {
+                let waits = |unit: &SimUnit| unit.awaits_restart && unit.invocation == invocation;
+                if self.units.get(&instance).is_some_and(waits) {
+                    self.restart(&instance);
+                    out.push(tick);
+                }
+            }
             Happening::Scripted(scripted) => {
                 if let Some(instance) = &scripted.start {
                     self.start(instance, None);
                 }
                 if let Some(instance) = &scripted.restart {
-                    self.start(instance, None);
-                    if let Some(unit) = self.units.get_mut(instance) {
-                        unit.restarted = true;
-                    }
+                    self.restart(instance);
                 }
                 if let Some(instance) = &scripted.stop {
                     out.push(Emitted::Event(Event::Unwanted(instance.clone())));
                     self.stop(instance, None);
                 }
                 if let Some(instance) = &scripted.crash {
-                    self.end(instance, UnitState::Failed, out);
+                    self.crash(instance, scripted.restart_seconds, out);
                 }
                 self.script(&scripted);
                 out.push(tick);
@@ -356,6 +364,25 @@ impl World {
         self.cut
     }
 
+    /// The process of a unit is gone, and systemd may start it again.
+    fn crash(&mut self, instance: &Instance, restart_seconds: Option<u64>, out: &mut Vec<Emitted>) {
+        let alive = self.units.get(instance).is_some_and(|unit| unit.state.is_alive());
+        self.end(instance, UnitState::Failed, out);
+        let Some(unit) = self.units.get_mut(instance).filter(|_| alive) else { return };
+        if let Some(seconds) = restart_seconds {
+            unit.awaits_restart = true;
+            let invocation = unit.invocation;
+            self.later(seconds * 1000, Happening::Restarts(instance.clone(), invocation));
+        }
+    }
+
+    fn restart(&mut self, instance: &Instance) {
+        self.start(instance, None);
+        if let Some(unit) = self.units.get_mut(instance) {
+            unit.restarted = true;
+        }
+    }
+
     fn ask_activity(&mut self, instance: &Instance) {
         let (silent, at) = (self.scenario.models.get(&instance.model).is_none_or(|m| m.silent), self.now);
         let Some(unit) = self.units.get_mut(instance) else { return };
@@ -381,8 +408,7 @@ impl World {
         }
         unit.state = UnitState::Activating;
         unit.invocation += 1;
-        unit.asked = false;
-        unit.restarted = false;
+        (unit.asked, unit.awaits_restart, unit.restarted) = (false, false, false);
         let invocation = unit.invocation;
         self.later(TO_ASK, Happening::Asks(instance.clone(), invocation));
     }
@@ -400,6 +426,9 @@ impl World {
             return;
         }
         let invocation = self.units.get(instance).map_or(0, |unit| unit.invocation);
+        if let Some(unit) = self.units.get_mut(instance) {
+            unit.awaits_restart = false;
+        }
         if let Some(unit) = self.units.get_mut(instance).filter(|_| alive) {
             unit.state = UnitState::Deactivating;
         }
@@ -429,6 +458,7 @@ impl World {
             | Happening::Loaded(..)
             | Happening::Finished(..)
             | Happening::Returned(_)
+            | Happening::Restarts(..)
             | Happening::Scripted(_) => true,
         });
         for unit in self.units.values_mut() {

@@ -51,7 +51,7 @@ impl World {
             }
             let main_pid = if unit.state.is_alive() { 1000 } else { 0 };
             let reading = Unit {
-                state: unit.state,
+                state: if unit.awaits_restart { UnitState::Activating } else { unit.state },
                 main_pid,
                 invocation: unit.invocation.to_string(),
                 measured,
