@@ -7,6 +7,9 @@ use std::time::Duration;
 
 /// The eater stays so long.
 const MEAL: u64 = 40;
+/// What it leaves of what is available beside the models: less than half the reserve, so that one has to go, and more than nothing, so
+/// that one is enough.
+const LEFT: Bytes = Bytes::mib(100);
 /// What a turn of the loop may take at most; µs.
 const LONGEST_TURN: u64 = 50_000;
 
@@ -58,8 +61,7 @@ pub fn an_eater_makes_the_lowest_go(lab: &mut Lab) -> Result<()> {
     let available = idle_models(lab)?;
     let before = lab.main_pids(&["mid", "small"])?;
     let cursor = lab.guest.journal_cursor()?;
-    // More than there is without using up the reserve, and less than with what twin holds.
-    eat(lab, available - Bytes::mib(40))?;
+    eat(lab, available - LEFT)?;
     lab.guest.wait_until("twin goes", PATIENCE, "! systemctl is-active --quiet llm@twin.service")?;
     meal_ends(lab)?;
     ensure!(lab.main_pids(&["mid", "small"])? == before, "others were restarted\n{}", lab.guest.evidence());
@@ -165,12 +167,12 @@ pub fn the_last_rung_stands_in(lab: &mut Lab) -> Result<()> {
         PATIENCE,
         &format!("grep -qx 'frozen 1' {group}/held/cgroup.events"),
     )?;
-    eat(lab, available - Bytes::mib(40))?;
+    eat(lab, available - LEFT)?;
     let killed = "systemctl show --value -p MainPID llm@twin.service | grep -qx 0";
     lab.guest.wait_until("twin is killed", PATIENCE, killed)?;
     lab.guest.ok(&format!(
         "cd {group} && grep -qx 'frozen 1' held/cgroup.events && echo 0 > held/cgroup.freeze && \
-         echo {daemon} > cgroup.threads && rmdir held"
+         echo {daemon} > cgroup.threads && for n in $(seq 50); do rmdir held && break; sleep 0.1; done; ! test -e held"
     ))?;
     meal_ends(lab)?;
     lab.no_oom_kill()?;
