@@ -45,6 +45,8 @@ pub struct Turns {
     pub count: u64,
     /// The longest one, from what woke it to its next wait; microseconds.
     pub longest_usec: u64,
+    /// The longest time of one in which its thread did not compute: it waited for something, or for a processor.
+    pub idle_usec: u64,
     /// The longest that it was late when it had itself woken, whatever held it up; microseconds.
     pub latest_usec: u64,
 }
