@@ -46,7 +46,7 @@ pub struct Turns {
     /// The longest one, from what woke it to its next wait; microseconds.
     pub longest_usec: u64,
     /// The longest time of one in which its thread did not compute: it waited for something, or for a processor.
-    pub idle_usec: u64,
+    pub blocked_usec: u64,
     /// The longest that it was late when it had itself woken, whatever held it up; microseconds.
     pub latest_usec: u64,
 }

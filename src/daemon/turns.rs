@@ -13,7 +13,7 @@ pub(super) struct Turns {
     begun: Option<(Instant, Duration)>,
     count: u64,
     longest: Duration,
-    idle: Duration,
+    blocked: Duration,
     latest: Duration,
 }
 
@@ -31,7 +31,7 @@ impl Turns {
             let took = begun.elapsed();
             self.count += 1;
             self.longest = self.longest.max(took);
-            self.idle = self.idle.max(took.saturating_sub(computed().saturating_sub(before)));
+            self.blocked = self.blocked.max(took.saturating_sub(computed().saturating_sub(before)));
         }
     }
 
@@ -41,7 +41,7 @@ impl Turns {
         report::Turns {
             count: self.count,
             longest_usec: usec(self.longest),
-            idle_usec: usec(self.idle),
+            blocked_usec: usec(self.blocked),
             latest_usec: usec(self.latest),
         }
     }
