@@ -23,6 +23,9 @@ pub struct Options {
     /// Of pressure: only the protector with this in its name (plimsoll, earlyoom, systemd-oomd)
     #[arg(long, value_name = "NAME")]
     pub protector: Option<String>,
+    /// Of pressure: only the cases with swap, or only those without it
+    #[arg(long, value_name = "YES|NO", value_parser = clap::builder::BoolishValueParser::new())]
+    pub swap: Option<bool>,
     /// Of pressure: for how long a load that fits has to leave everybody alone; 0 leaves it out
     #[arg(long, default_value_t = 0, value_name = "MINUTES")]
     pub calm_minutes: u64,
@@ -69,6 +72,8 @@ impl Protector {
 /// One run.
 #[derive(Debug, Default)]
 struct Run {
+    /// Less was left than the line says.
+    deficit: bool,
     /// From the deficit to the first process gone; negative: before the line was crossed. None: nothing was stopped, or there was no deficit.
     action_msec: Option<i64>,
     gone: Vec<String>,
@@ -95,10 +100,10 @@ pub fn bench(lab: &Lab, options: &Options) -> Result<()> {
     let ((), idle) = ssh::asked(lab, || lab.guest.ok("timeout 10 tail -f /dev/null; true").map(drop))?;
     println!("sshd's greeting while nothing happens: p99 {} ms", millis(quantile(&idle, 99)));
     println!(
-        "| protector | swap | eater | gone (runs) | action after the deficit, ms: median, p99 | kernel OOM kills | full PSI > 50 %, s at most | sshd p99, ms | orphans |"
+        "| protector | swap | eater | gone (runs) | runs with a deficit | action after it, ms: median, p99 | kernel OOM kills | full PSI > 50 %, s at most | sshd p99, ms | orphans |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|");
-    for swap in [false, true] {
+    println!("|---|---|---|---|---|---|---|---|---|---|");
+    for swap in [false, true].into_iter().filter(|swap| options.swap.is_none_or(|wanted| wanted == *swap)) {
         set_swap(lab, swap)?;
         for (rate, eater) in [(Bytes(200_000_000), "200 MB/s"), (Bytes::ZERO, "full speed")] {
             let wanted = |protector: &Protector| {
@@ -251,6 +256,7 @@ fn once(lab: &Lab, protector: Protector, rate: Bytes) -> Result<Run> {
            case $(systemctl show --value -p ActiveState \"${unit:-none.service}\") in inactive|failed) echo $pid;; esac; done | wc -l")?;
     Ok(Run {
         // Where nobody saw a deficit there is nothing to count from.
+        deficit: deficit.is_some(),
         action_msec: first.zip(deficit).map(|(first, deficit)| first - deficit),
         gone: gone.into_iter().map(|(name, _)| name).collect(),
         oom_kills: seen["oom_kills"].as_u64().context("no kills")?,
@@ -286,8 +292,9 @@ impl fmt::Display for Cells<'_> {
         let greetings: Vec<Duration> = runs.iter().flat_map(|run| run.greetings.iter().copied()).collect();
         write!(
             f,
-            "{} | {}, {} | {kills} | {:.1} | {} | {}",
+            "{} | {} | {}, {} | {kills} | {:.1} | {} | {}",
             kinds.join(", "),
+            runs.iter().filter(|run| run.deficit).count(),
             number(quantile(&actions, 50)),
             number(quantile(&actions, 99)),
             Duration::from_millis(stalled).as_secs_f64(),
@@ -303,14 +310,15 @@ mod tests {
 
     #[test]
     fn a_row_tells_who_went_how_often_and_when() {
-        let run = |gone: &[&str], action| Run {
+        let run = |gone: &[&str], action: Option<i64>| Run {
             gone: gone.iter().map(|name| (*name).to_owned()).collect(),
+            deficit: action.is_some(),
             action_msec: action,
             ..Run::default()
         };
         let runs =
             [run(&["low"], Some(40)), run(&["low"], Some(-5)), run(&[], None), run(&["low"], Some(90))];
         let row = Cells(&runs).to_string();
-        assert!(row.starts_with("low (3), nobody (1) | 40, 90 | 0 |"), "{row}");
+        assert!(row.starts_with("low (3), nobody (1) | 3 | 40, 90 | 0 |"), "{row}");
     }
 }
