@@ -443,6 +443,7 @@ fn nobody_returns_while_the_one_it_went_for_is_to_restart() {
     let mut s = simulation(text);
     s.start("low").run(180);
     assert_eq!((evicted(&s).len(), s.running()), (1, vec!["large".to_owned()]));
+    assert!(s.decisions.iter().all(|decision| decision.kind != Kind::Restore), "{:?}", s.decisions);
     // Stopped, while it waits to be started again: then the room is free.
     let stopped = text.replace("}]", "}, { seconds = 100, stop = 'large' }]");
     let mut s = simulation(&stopped);

@@ -2,7 +2,7 @@
 
 use super::{Action, ActionId, Core, Effect, Outcome};
 use crate::config::Instance;
-use crate::ledger::{Machine, Unit};
+use crate::ledger::{Machine, UnitState};
 use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::plan::fits_as_is;
 use crate::policy::request::{Mode, Request, Rung};
@@ -52,9 +52,11 @@ impl Core {
                 self.wake_at(time);
                 continue;
             }
-            // The one that it went for has crashed, and asks for the same room again in a moment.
-            let winner = owed.for_instance.as_ref().and_then(|winner| machine.units.get(winner));
-            if winner.is_some_and(Unit::awaits_restart) {
+            // The one that it went for is to be started again after a crash, or was and has not asked yet: the list of
+            // jobs may be older than its state.
+            let winner = owed.for_instance.as_ref().filter(|winner| !self.holders.contains_key(winner));
+            let winner = winner.and_then(|winner| machine.units.get(winner));
+            if winner.is_some_and(|unit| unit.state == UnitState::Activating) {
                 continue;
             }
             let running = machine.units.get(&owed.instance).is_some_and(|unit| unit.state.is_alive());

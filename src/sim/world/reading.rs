@@ -46,7 +46,9 @@ impl World {
                     used += *bytes;
                 }
             }
-            if unit.state == UnitState::Activating && !instance.is_foreign() {
+            // Of a restart the unit's state is heard of before its job is.
+            let heard = unit.asked || !unit.restarted;
+            if unit.state == UnitState::Activating && heard && !instance.is_foreign() {
                 starting.push(instance.clone());
             }
             let main_pid = if unit.state.is_alive() { 1000 } else { 0 };
