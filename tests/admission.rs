@@ -451,3 +451,25 @@ fn nobody_returns_while_the_one_it_went_for_is_to_restart() {
     assert_eq!(s.running(), ["low"]);
     sound(&s);
 }
+
+#[test]
+fn nobody_stays_away_for_one_that_fails_to_load_again_and_again() {
+    let crash = |seconds| format!("{{ seconds = {seconds}, crash = 'broken', restart-seconds = 10 }}");
+    let text = format!(
+        "at = [{{ seconds = 40, start = 'broken' }}, {}, {}, {}]
+         [machine]
+         memory = '128GiB'
+         system = '4GiB'
+         [models]
+         low = {{ weights = '60GiB', placement = 'anonymous', priority = 10 }}
+         broken = {{ weights = '80GiB', placement = 'anonymous', priority = 90, load-seconds = 20 }}",
+        crash(50),
+        crash(70),
+        crash(90)
+    );
+    let mut s = simulation(&text);
+    s.start("low").run(200);
+    assert_eq!(refusal(&s).kind, RefusalKind::FailsToLoad(3));
+    assert_eq!((evicted(&s).len(), s.running()), (1, vec!["low".to_owned()]));
+    sound(&s);
+}

@@ -256,7 +256,7 @@ impl fmt::Display for Refusal {
                 return write!(
                     f,
                     "{name} was refused: it has failed to load {times} times in a row, and others would have to be \
-                     stopped for it again; a start by hand tries once more; try: {}",
+                     stopped for it again, or stay stopped; a start by hand tries once more; try: {}",
                     self.advice
                 );
             }

@@ -15,7 +15,7 @@ use crate::policy::request::{Mode, Patience, Request};
 const HOLD: u64 = 30_000;
 /// How long a request waits for others to finish loading or stopping; milliseconds.
 const PATIENCE: u64 = 20 * 60 * 1000;
-/// After so many failed loads in a row nobody is stopped for one more, unless a person starts it.
+/// After so many failed loads in a row nobody is stopped for one more, nor kept stopped, unless a person starts it.
 const FAILED_LOADS: u32 = 3;
 /// How often it is looked whether there is room for those who wait for it; milliseconds.
 const ROOM_STEP: u64 = 5_000;
@@ -289,13 +289,14 @@ impl Core {
         }
     }
 
-    /// Whether others would have to go for a load that has failed again and again.
+    /// Whether others would have to go, or to stay away, for a load that has failed again and again.
     fn is_in_vain(&self, request: &Request, plan: &Plan) -> bool {
         let evicts = |step: &Step| {
             matches!(step, Step::Stop { reason: StopReason::Evicted | StopReason::Replaced, .. })
         };
         let failed = self.failed_loads.get(&request.instance).copied().unwrap_or_default();
-        failed >= FAILED_LOADS && plan.steps.iter().any(evicts)
+        let away = self.owed.iter().any(|owed| owed.for_instance.as_ref() == Some(&request.instance));
+        failed >= FAILED_LOADS && (away || plan.steps.iter().any(evicts))
     }
 
     fn timed_out(&self, request: &Request, machine: &Machine, now: u64, on: Vec<Instance>) -> Box<Refusal> {
