@@ -405,20 +405,26 @@ fn a_refusal_says_that_an_earlier_run_took_more() {
     );
 }
 
-#[test]
-fn one_that_fails_to_load_again_and_again_stops_nobody_any_more() {
-    let text = "at = [
-         { seconds = 40, start = 'broken' }, { seconds = 50, crash = 'broken' },
-         { seconds = 100, restart = 'broken' }, { seconds = 110, crash = 'broken' },
-         { seconds = 160, restart = 'broken' }, { seconds = 170, crash = 'broken' },
-         { seconds = 220, restart = 'broken' }, { seconds = 300, stop = 'low' }, { seconds = 310, restart = 'broken' }]
+/// What happens on a machine that has room for `low` or for `large`, and not for both.
+fn beside_low(at: &str) -> String {
+    format!(
+        "at = [{at}]
          [machine]
          memory = '128GiB'
          system = '4GiB'
          [models]
-         low = { weights = '60GiB', placement = 'anonymous', priority = 10 }
-         broken = { weights = '80GiB', placement = 'anonymous', priority = 90, load-seconds = 20 }";
-    let mut s = simulation(text);
+         low = {{ weights = '60GiB', placement = 'anonymous', priority = 10 }}
+         large = {{ weights = '80GiB', placement = 'anonymous', priority = 90, load-seconds = 20 }}"
+    )
+}
+
+#[test]
+fn one_that_fails_to_load_again_and_again_stops_nobody_any_more() {
+    let at = "{ seconds = 40, start = 'large' }, { seconds = 50, crash = 'large' },
+         { seconds = 100, restart = 'large' }, { seconds = 110, crash = 'large' },
+         { seconds = 160, restart = 'large' }, { seconds = 170, crash = 'large' },
+         { seconds = 220, restart = 'large' }, { seconds = 300, stop = 'low' }, { seconds = 310, restart = 'large' }";
+    let mut s = simulation(&beside_low(at));
     s.start("low").run(250);
     let refusal = refusal(&s);
     assert_eq!(refusal.kind, RefusalKind::FailsToLoad(3));
@@ -426,27 +432,19 @@ fn one_that_fails_to_load_again_and_again_stops_nobody_any_more() {
     assert_eq!((evicted(&s).len(), s.running()), (3, vec!["low".to_owned()]));
     // With nobody to be stopped for it, it may try as often as it likes.
     s.run(100);
-    assert_eq!(s.running(), ["broken"]);
+    assert_eq!(s.running(), ["large"]);
     sound(&s);
 }
 
 #[test]
 fn nobody_returns_while_the_one_it_went_for_is_to_restart() {
-    let text =
-        "at = [{ seconds = 40, start = 'large' }, { seconds = 90, crash = 'large', restart-seconds = 30 }]
-         [machine]
-         memory = '128GiB'
-         system = '4GiB'
-         [models]
-         low = { weights = '60GiB', placement = 'anonymous', priority = 10 }
-         large = { weights = '80GiB', placement = 'anonymous', priority = 90, load-seconds = 20 }";
-    let mut s = simulation(text);
+    let at = "{ seconds = 40, start = 'large' }, { seconds = 90, crash = 'large', restart-seconds = 30 }";
+    let mut s = simulation(&beside_low(at));
     s.start("low").run(180);
     assert_eq!((evicted(&s).len(), s.running()), (1, vec!["large".to_owned()]));
     assert!(s.decisions.iter().all(|decision| decision.kind != Kind::Restore), "{:?}", s.decisions);
     // Stopped, while it waits to be started again: then the room is free.
-    let stopped = text.replace("}]", "}, { seconds = 100, stop = 'large' }]");
-    let mut s = simulation(&stopped);
+    let mut s = simulation(&beside_low(&format!("{at}, {{ seconds = 100, stop = 'large' }}")));
     s.start("low").run(300);
     assert_eq!(s.running(), ["low"]);
     sound(&s);
@@ -454,20 +452,9 @@ fn nobody_returns_while_the_one_it_went_for_is_to_restart() {
 
 #[test]
 fn nobody_stays_away_for_one_that_fails_to_load_again_and_again() {
-    let crash = |seconds| format!("{{ seconds = {seconds}, crash = 'broken', restart-seconds = 10 }}");
-    let text = format!(
-        "at = [{{ seconds = 40, start = 'broken' }}, {}, {}, {}]
-         [machine]
-         memory = '128GiB'
-         system = '4GiB'
-         [models]
-         low = {{ weights = '60GiB', placement = 'anonymous', priority = 10 }}
-         broken = {{ weights = '80GiB', placement = 'anonymous', priority = 90, load-seconds = 20 }}",
-        crash(50),
-        crash(70),
-        crash(90)
-    );
-    let mut s = simulation(&text);
+    let crash = |seconds| format!("{{ seconds = {seconds}, crash = 'large', restart-seconds = 10 }}");
+    let at = ["{ seconds = 40, start = 'large' }".to_owned(), crash(50), crash(70), crash(90)];
+    let mut s = simulation(&beside_low(&at.join(", ")));
     s.start("low").run(200);
     assert_eq!(refusal(&s).kind, RefusalKind::FailsToLoad(3));
     assert_eq!((evicted(&s).len(), s.running()), (1, vec!["low".to_owned()]));

@@ -135,12 +135,6 @@ pub struct Unit {
 }
 
 impl Unit {
-    /// Whether it has crashed and systemd will start it again: it counts as activating, with no process.
-    #[must_use]
-    pub fn awaits_restart(&self) -> bool {
-        self.state == UnitState::Activating && self.main_pid == 0
-    }
-
     /// Requests in flight as its engine said last; none where it does not say.
     #[must_use]
     pub fn in_flight(&self) -> u32 {

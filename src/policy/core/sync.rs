@@ -98,5 +98,9 @@ const LEAK_SHOWN: u64 = 24 * 60 * 60 * 1000;
 
 /// Whether the process that `invocation` stands for may still exist.
 fn lives(unit: Option<&Unit>, invocation: &str) -> bool {
-    unit.is_some_and(|unit| unit.state.is_alive() && !unit.awaits_restart() && unit.invocation == invocation)
+    unit.is_some_and(|unit| {
+        // Between a crash and its restart a unit counts as activating, with no process.
+        let processless = unit.state == UnitState::Activating && unit.main_pid == 0;
+        unit.state.is_alive() && !processless && unit.invocation == invocation
+    })
 }

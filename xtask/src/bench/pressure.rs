@@ -255,8 +255,8 @@ fn once(lab: &Lab, protector: Protector, rate: Bytes) -> Result<Run> {
            unit=$(sed -n 's,.*/\\(llm@[^/]*\\.service\\).*,\\1,p' /proc/$pid/cgroup 2>/dev/null); \
            case $(systemctl show --value -p ActiveState \"${unit:-none.service}\") in inactive|failed) echo $pid;; esac; done | wc -l")?;
     Ok(Run {
-        // Where nobody saw a deficit there is nothing to count from.
         deficit: deficit.is_some(),
+        // Where nobody saw a deficit there is nothing to count from.
         action_msec: first.zip(deficit).map(|(first, deficit)| first - deficit),
         gone: gone.into_iter().map(|(name, _)| name).collect(),
         oom_kills: seen["oom_kills"].as_u64().context("no kills")?,
