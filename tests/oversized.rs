@@ -149,10 +149,57 @@ fn swap_is_no_help_beyond_what_may_be_swapped_or_what_the_disk_holds() {
     let mut s = with_disk("monster = { weights = '300GiB', placement = 'anonymous', swap = '120GiB' }");
     s.start("monster").run(60);
     assert_eq!((s.running().len(), s.world.observe().swaps.len()), (0, 0));
-    // 180 GiB of swap would do, and with their margin they are more than the disk has.
-    let mut s = with_disk("monster = { weights = '280GiB', placement = 'anonymous', swap = '260GiB' }");
+    // 205 GiB of swap would do, and the disk has 200.
+    let mut s = with_disk("monster = { weights = '305GiB', placement = 'anonymous', swap = '260GiB' }");
     s.start("monster").run(60);
     assert_eq!((s.running().len(), s.world.observe().swaps.len()), (0, 0));
+    let why = "a swapfile of 205.0 GiB would be needed, and there is room for 200.0 GiB on disk";
+    assert_eq!(refusal(&s).no_swap.as_deref(), Some(why));
+    // 180 would do, and their margin is what the disk has.
+    let mut s = with_disk("monster = { weights = '280GiB', placement = 'anonymous', swap = '260GiB' }");
+    s.start("monster").run(60);
+    assert_eq!(
+        (s.running(), s.world.observe().swap_of_plans()),
+        (vec!["monster".to_owned()], Bytes::gib(200))
+    );
+    sound(&s);
+}
+
+#[test]
+fn who_ran_from_a_swapfile_of_another_comes_back_with_its_own_as_far_as_the_disk_goes() {
+    // 100 GiB of swap, and 112 of which the margin is not to be had; the second runs from the file of the first.
+    let mut s = simulation(
+        "[machine]\nmemory = '104GiB'\nsystem = '4GiB'\nreserve = '0B'\nswap-room = '120GiB'\n[models]\n\
+         first = { weights = '200GiB', placement = 'anonymous', swap = '180GiB', priority = 20 }\n\
+         second = { weights = '212GiB', placement = 'anonymous', swap = '180GiB', priority = 60 }\n\
+         third = { weights = '90GiB', placement = 'anonymous', priority = 80 }",
+    );
+    s.start("first").run(60).start("second").run(60);
+    assert_eq!(s.running(), ["second"]);
+    s.start("third").run(200);
+    assert_eq!((s.running(), s.world.observe().swaps.len()), (vec!["third".to_owned()], 0));
+    s.stop("third").run(300);
+    assert_eq!(s.running(), ["second"]);
+    assert_eq!(s.world.observe().swap_of_plans(), Bytes::gib(120));
+    sound(&s);
+}
+
+#[test]
+fn who_is_owed_a_return_tries_again_while_the_disk_has_no_room_for_its_swapfile() {
+    let mut s = with_disk(
+        "monster = { weights = '220GiB', placement = 'anonymous', swap = '180GiB' }\n\
+         other = { weights = '90GiB', placement = 'anonymous', priority = 80 }",
+    );
+    s.start("monster").run(60).start("other").run(200);
+    assert_eq!(s.running(), ["other"]);
+    s.world.disk(Bytes::gib(100));
+    s.stop("other").run(1000);
+    assert_eq!(s.running(), Vec::<String>::new());
+    let why = "a swapfile of 120.0 GiB would be needed, and there is room for 100.0 GiB on disk";
+    assert_eq!(refusal(&s).no_swap.as_deref(), Some(why));
+    s.world.disk(Bytes::gib(140));
+    s.run(2000);
+    assert_eq!(s.running(), ["monster"]);
     sound(&s);
 }
 

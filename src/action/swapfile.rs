@@ -265,16 +265,24 @@ pub fn rooms(directories: &[PathBuf], max_size: Bytes, free_space: Bytes) -> Vec
     rooms
 }
 
+/// The largest size that [`layout`] makes of `rooms`.
+#[must_use]
+pub fn most(rooms: &[(PathBuf, Bytes)]) -> Bytes {
+    rooms.iter().map(|(_, room)| *room).filter(|room| *room >= SMALLEST).map(|room| room - UNIT).sum()
+}
+
 /// The files to make for `size`: in the preferred directory as far as it goes, then in the next.
 ///
 /// # Errors
 /// They don't have the room together.
 pub fn layout(size: Bytes, rooms: &[(PathBuf, Bytes)]) -> Result<Vec<(PathBuf, Bytes)>, SwapfileError> {
-    // The header takes a page, of whatever size.
-    let size = Bytes((size + HEADER).max(SMALLEST).0.div_ceil(UNIT.0).saturating_mul(UNIT.0));
+    let usable = || rooms.iter().filter(|(_, room)| *room >= SMALLEST);
+    // The header of each takes a page, of whatever size.
+    let headers = HEADER * u64::try_from(usable().count()).unwrap_or(u64::MAX);
+    let size = Bytes((size + headers).max(SMALLEST).0.div_ceil(UNIT.0).saturating_mul(UNIT.0));
     let mut left = size;
     let mut files = Vec::new();
-    for (directory, room) in rooms.iter().filter(|(_, room)| *room >= SMALLEST) {
+    for (directory, room) in usable() {
         let part = left.min(*room);
         if !part.is_zero() {
             files.push((directory.clone(), part.max(SMALLEST)));
@@ -343,6 +351,8 @@ mod tests {
         assert_eq!(files(Bytes::mib(99)), [("/a".to_owned(), 100)]);
         // What is left over is smaller than a swapfile may be.
         assert_eq!(files(Bytes::mib(100)), [("/a".to_owned(), 100), ("/c".to_owned(), 16)]);
+        assert_eq!(most(&rooms), Bytes::mib(1098));
+        assert_eq!(files(most(&rooms)), [("/a".to_owned(), 100), ("/c".to_owned(), 999)]);
         let error = layout(Bytes::mib(1100), &rooms).unwrap_err().to_string();
         assert!(error.starts_with("a swapfile of 1.1 GiB does not fit"), "{error}");
         assert!(layout(Bytes::mib(1), &[]).unwrap_err().to_string().contains("no directory"));

@@ -9,6 +9,7 @@ pub mod decision;
 pub mod evict;
 pub mod last_resort;
 pub mod limits;
+mod oversized;
 pub mod peaks;
 pub mod plan;
 pub mod pressure;

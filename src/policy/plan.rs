@@ -7,14 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use super::decision::Account;
 use super::evict::{Candidate, Use, choose};
-use super::limits::read_ahead;
 use super::refusal::{Refusal, RefusalKind, refuse};
 use super::request::{Peers, Request, Rules, Rung};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{
-    Charges, FileId, GpuKind, Machine, PerPool, Phase, Pool, Reservation, capacity, swapfile_bytes,
-};
+use crate::ledger::{Charges, FileId, GpuKind, Machine, PerPool, Phase, Pool, Reservation, capacity};
 
 /// How long a model of equal priority must have been idle before `peers = "replace-idle"` lets an
 /// explicit start replace it; milliseconds.
@@ -358,7 +355,8 @@ pub(super) fn refusal_of(request: &Request, situation: Situation<'_>) -> Refusal
     refuse(&Scene::new(request, situation), RefusalKind::WontFit)
 }
 
-/// Whether `request` would fit as things are, at its full context and with nobody stopped.
+/// Whether `request` would fit in memory as things are, at its full context and with nobody stopped. Whether the disk
+/// has room for a swapfile is only looked at when it asks.
 #[must_use]
 pub fn fits_as_is(request: &Request, situation: Situation<'_>) -> bool {
     let scene = Scene::new(request, situation);
@@ -401,7 +399,7 @@ pub fn rung_as_is(request: &Request, situation: Situation<'_>) -> Option<Rung> {
 }
 
 /// The largest context of the ladder (which descends) for which `fits` holds.
-fn largest(ladder: &[Rung], fits: impl Fn(&Rung) -> bool) -> Option<&Rung> {
+pub(super) fn largest(ladder: &[Rung], fits: impl Fn(&Rung) -> bool) -> Option<&Rung> {
     ladder.get(ladder.partition_point(|rung| !fits(rung)))
 }
 
@@ -420,59 +418,8 @@ impl Scene<'_> {
         Planned::Wait(Wait { on: on.into_iter().map(|n| self.names[n].clone()).collect() })
     }
 
-    /// A plan for a model larger than memory, where it may stream and the weights that every token
-    /// touches find room. All of `gone` have to go: whatever they hold would be read from disk again
-    /// and again.
-    fn stream(&self, gone: &[usize]) -> Option<Plan> {
-        let least = self.request.stream?;
-        let resident = |rung: &Rung| {
-            let bare = Rung { footprint: rung.footprint.resident(Bytes::ZERO), ..rung.clone() };
-            let charge = self.charge(&bare, gone);
-            let room = (self.room.memory - charge.memory).min(self.room.slice - charge.slice);
-            (charge.within(&self.room) && room >= least).then(|| room.min(rung.footprint.mapped_bytes()))
-        };
-        let rung = largest(&self.request.ladder, |rung| resident(rung).is_some())?;
-        let (resident_bytes, mapped_bytes) = (resident(rung)?, rung.footprint.mapped_bytes());
-        let kept = Rung { footprint: rung.footprint.resident(resident_bytes), ..rung.clone() };
-        let mut plan = self.assemble(&kept, gone.to_vec());
-        let read_ahead_bytes = read_ahead(self.request.expert);
-        plan.steps.push(Step::Stream { resident_bytes, mapped_bytes, read_ahead_bytes });
-        Some(plan)
-    }
-
-    /// A plan for a model larger than memory, where part of its private memory may be in swap: at the largest
-    /// context for which that part is enough and a swapfile for it has room on disk. All of `gone` have to go:
-    /// whatever they hold would be read from swap again and again.
-    fn swap(&self, gone: &[usize]) -> Option<Plan> {
-        let (most, machine) = (self.request.swap?, self.situation.machine);
-        let staying = (0..self.names.len()).filter(|n| !gone.contains(n));
-        let others: Bytes = staying.filter_map(|n| self.reservation(n)).map(|r| r.predicted.swapped).sum();
-        let short_of = |rung: &Rung| {
-            let charge = self.charge(rung, gone);
-            let short = (charge.memory - self.room.memory).max(charge.slice - self.room.slice);
-            // Compressed swap is filled first, and holds what it holds in memory.
-            let swapped = short + if short.is_zero() { short } else { machine.swap_in_memory() };
-            let (needed, there) = (others + swapped, machine.swap_of_plans());
-            // The margin is for making one: what is there serves as long as it is enough.
-            let missing = if needed <= there { Bytes::ZERO } else { swapfile_bytes(needed) - there };
-            let kept = Rung { footprint: rung.footprint.swapping(swapped), ..rung.clone() };
-            let fits = self.charge(&kept, gone).within(&self.room);
-            (fits && swapped <= most && missing <= machine.swap_room).then_some((swapped, missing))
-        };
-        let rung = largest(&self.request.ladder, |rung| short_of(rung).is_some())?;
-        let (swapped_bytes, missing) = short_of(rung)?;
-        let kept = Rung { footprint: rung.footprint.swapping(swapped_bytes), ..rung.clone() };
-        let mut plan = self.assemble(&kept, gone.to_vec());
-        if !missing.is_zero() {
-            // Before anybody is stopped for it: a file system may refuse to hold it.
-            plan.steps.insert(0, Step::AddSwap { bytes: missing });
-        }
-        plan.steps.push(Step::Swap { swapped_bytes });
-        Some(plan)
-    }
-
     /// The steps that make `rung` run with `gone` stopped, in the order of execution.
-    fn assemble(&self, rung: &Rung, gone: Vec<usize>) -> Plan {
+    pub(super) fn assemble(&self, rung: &Rung, gone: Vec<usize>) -> Plan {
         let mut steps = Vec::new();
         steps.extend(self.drop_cache(rung, &gone));
         let mut stopped: Vec<usize> = Vec::new();

@@ -138,19 +138,23 @@ pub(super) fn refuse(scene: &Scene<'_>, kind: RefusalKind) -> Refusal {
         evictable_bytes: models - scene.charges.per_pool(machine, &all, None).get(pool),
         short_bytes: short,
         kept,
-        no_swap: request.no_swapfile.clone().or_else(|| no_swap(pool, smallest, short)),
+        no_swap: request.no_swapfile.clone().or_else(|| no_swap(scene, pool, short, &all)),
         advice: advice(scene, &kind, &all),
         kind,
     }
 }
 
-/// Why swap can't make up for what is missing.
-fn no_swap(pool: Pool, rung: &super::Rung, short: Bytes) -> Option<String> {
+/// Why swap can't make up for what is missing once `gone` have stopped.
+fn no_swap(scene: &Scene<'_>, pool: Pool, short: Bytes, gone: &[usize]) -> Option<String> {
+    let private = scene.request.ladder.last().map_or(Bytes::ZERO, |rung| rung.footprint.private);
+    let most = scene.request.swap.unwrap_or(private);
     match pool {
         Pool::Gpu(_) => Some("GPU memory must not count on swap".to_owned()),
         Pool::Slice => Some("the limit of llm.slice binds, not memory".to_owned()),
-        Pool::Memory if rung.footprint.private < short => {
-            Some(format!("only {} of it could be swapped", rung.footprint.private))
+        Pool::Memory if most < short => Some(format!("only {most} of it could be swapped")),
+        Pool::Memory if scene.request.swap.is_some() && scene.swapfile(short, gone).is_none() => {
+            let (missing, room) = (scene.swapped_beyond(short, gone), scene.situation.machine.swap_room);
+            Some(format!("a swapfile of {missing} would be needed, and there is room for {room} on disk"))
         }
         Pool::Memory => None,
     }

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::action::swapfile::{Directory, SwapfileError, found, layout, rooms};
+use crate::action::swapfile::{Directory, SwapfileError, found, layout, most, rooms};
 use crate::action::systemd::Systemd;
 use crate::bytes::Bytes;
 use crate::config;
@@ -171,8 +171,8 @@ impl SwapFiles {
             active: false,
         });
         let areas = areas.collect();
-        let room = rooms(&swap.directories, swap.max_size, swap.free_space).into_iter().map(|(_, room)| room);
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = (areas, room.sum());
+        let room = most(&rooms(&swap.directories, swap.max_size, swap.free_space));
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = (areas, room);
     }
 
     /// The areas in use, the files that are not, and the room for more.

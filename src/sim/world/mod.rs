@@ -298,6 +298,11 @@ impl World {
         self.pressure = (some, full);
     }
 
+    /// Swapfiles may take so much of the disk from now on.
+    pub fn disk(&mut self, room: Bytes) {
+        self.scenario.machine.swap_room = room;
+    }
+
     /// Whether more than models has changed what is in use.
     #[must_use]
     pub fn is_disturbed(&self) -> bool {
