@@ -7,7 +7,7 @@
 //! The holder gets the writing end of a pipe. The other end is kept here and in systemd's descriptor store, so that a
 //! lease outlives a restart of the daemon.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ use crate::action::notify::Notifier;
 use crate::bytes::Bytes;
 use crate::config::{Instance, ModelName};
 use crate::host::Host;
-use crate::ledger::{Footprint, Machine, Unit, UnitState};
+use crate::ledger::{Footprint, Machine, Measured, Unit, UnitState};
 use crate::os::{pidfd_open, watched};
 use crate::policy::request::Patience;
 use crate::policy::{Event, Refusal, Request, Rung};
@@ -148,15 +148,19 @@ fn stored_name(id: u64) -> String {
 }
 
 impl Leases {
-    /// Shows them in a reading of the machine: what the decisions go by.
+    /// Shows them in a reading of the machine: what the decisions go by. What a process holds counts for one of its
+    /// leases, and for none of those that it is below.
     pub(super) fn show(&self, machine: &mut Machine, ports: &mut dyn Ports) {
+        let holders: BTreeSet<u32> = self.all.values().map(|lease| lease.saved.pid).collect();
+        let mut measured = BTreeSet::new();
         for lease in self.all.values() {
             let saved = &lease.saved;
+            let first = measured.insert(saved.pid);
             let unit = Unit {
                 state: lease.state,
                 main_pid: saved.pid,
                 invocation: invocation(saved.id),
-                measured: ports.measure(saved.pid),
+                measured: if first { ports.measure(saved.pid, &holders) } else { Measured::default() },
                 ..Unit::default()
             };
             machine.units.insert(saved.instance.clone(), unit);

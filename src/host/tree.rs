@@ -13,11 +13,13 @@ const THREADS: usize = 256;
 
 impl Host {
     /// Process `pid` and what it has started, and those have, from `/proc/PID/task/TID/children`; empty when it is
-    /// gone. One whose parent has ended is not among them, unless an ancestor has adopted it (PR_SET_CHILD_SUBREAPER).
+    /// gone. One whose parent has ended is not among them, unless an ancestor has adopted it (PR_SET_CHILD_SUBREAPER),
+    /// and `others` with what is below them are not.
     #[must_use]
-    pub fn tree(&self, pid: u32) -> Vec<u32> {
+    pub fn tree(&self, pid: u32, others: &BTreeSet<u32>) -> Vec<u32> {
         let mut tree = Vec::new();
-        let mut seen = BTreeSet::from([pid]);
+        let mut seen = others.clone();
+        seen.insert(pid);
         let mut next = vec![pid];
         while let Some(pid) = next.pop() {
             let Ok(threads) = std::fs::read_dir(self.path(&format!("/proc/{pid}/task"))) else { continue };
@@ -37,11 +39,11 @@ impl Host {
         tree
     }
 
-    /// What process `pid` and its descendants hold: as their control group is charged, where they have one to
+    /// What process `pid` and its descendants but for `others` hold: as their control group is charged, where they have one to
     /// themselves, and as the processes' own files say otherwise.
     #[must_use]
-    pub fn measured_tree(&self, pid: u32, cards: &[Card]) -> Measured {
-        let tree = self.tree(pid);
+    pub fn measured_tree(&self, pid: u32, others: &BTreeSet<u32>, cards: &[Card]) -> Measured {
+        let tree = self.tree(pid, others);
         if tree.is_empty() {
             return Measured::default();
         }
@@ -106,11 +108,13 @@ mod tests {
         process(&root, 12, "", 300, 40);
         process(&root, 13, "", 400, 0);
         process(&root, 20, "", 5000, 5000);
-        let host = Host::at(&root);
-        let mut tree = host.tree(10);
+        let (host, none) = (Host::at(&root), BTreeSet::new());
+        let mut tree = host.tree(10, &none);
         tree.sort_unstable();
         assert_eq!(tree, [10, 11, 12, 13]);
-        let measured = host.measured_tree(10, &[]);
+        // One below it that is counted by itself.
+        assert_eq!(host.measured_tree(10, &BTreeSet::from([10, 11]), &[]).private, Bytes(450 * KIB));
+        let measured = host.measured_tree(10, &none, &[]);
         assert_eq!((measured.private, measured.swapped), (Bytes(1050 * KIB), Bytes(4 * KIB)));
 
         // A group that others are in as well is not theirs; one that is theirs alone says more.
@@ -118,10 +122,10 @@ mod tests {
         std::fs::create_dir_all(&group).unwrap();
         std::fs::write(group.join("memory.stat"), "anon 7000000\nfile 0\nkernel 5\n").unwrap();
         std::fs::write(group.join("cgroup.procs"), "10\n11\n12\n13\n20\n").unwrap();
-        assert_eq!(host.measured_tree(10, &[]).private, Bytes(1050 * KIB));
+        assert_eq!(host.measured_tree(10, &none, &[]).private, Bytes(1050 * KIB));
         std::fs::write(group.join("cgroup.procs"), "10\n11\n12\n13\n").unwrap();
-        assert_eq!(host.measured_tree(10, &[]).private, Bytes(7_000_005));
-        assert_eq!(host.measured_tree(77, &[]), Measured::default());
+        assert_eq!(host.measured_tree(10, &none, &[]).private, Bytes(7_000_005));
+        assert_eq!(host.measured_tree(77, &none, &[]), Measured::default());
         std::fs::remove_dir_all(root).unwrap();
     }
 }

@@ -1,6 +1,6 @@
 //! [`Ports`] of the real machine.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -145,8 +145,8 @@ impl Ports for RealPorts {
         }
     }
 
-    fn measure(&mut self, pid: u32) -> Measured {
-        self.host.measured_tree(pid, &self.host.cards().unwrap_or_default())
+    fn measure(&mut self, pid: u32, others: &BTreeSet<u32>) -> Measured {
+        self.host.measured_tree(pid, others, &self.host.cards().unwrap_or_default())
     }
 
     fn perform(&mut self, id: ActionId, effect: Effect, done: Outcomes) {
