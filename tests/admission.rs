@@ -5,7 +5,7 @@
 mod stories;
 
 use plimsoll::bytes::Bytes;
-use plimsoll::ledger::UnitState;
+use plimsoll::ledger::{Phase, UnitState};
 use plimsoll::policy::decision::Kind;
 use plimsoll::policy::{Core, Planned, RefusalKind, Step};
 use plimsoll::sim::{Scenario, Simulation};
@@ -262,6 +262,49 @@ fn one_that_does_not_stop_is_left_alone_and_the_next_one_asked() {
          new = { weights = '30GiB', placement = 'anonymous', priority = 80 }",
     );
     s.start("stuck").start("other").run(30).start("new").run(120);
+    assert_eq!(s.running(), ["new", "stuck"]);
+    sound(&s);
+}
+
+#[test]
+fn one_that_stops_only_after_its_stop_has_failed_is_owed_its_return() {
+    let mut s = machine(
+        "late = { weights = '60GiB', placement = 'anonymous', priority = 10, stubborn = true, stop-seconds = 10 }
+         other = { weights = '35GiB', placement = 'anonymous', priority = 20 }
+         new = { weights = '30GiB', placement = 'anonymous', priority = 80 }",
+    );
+    s.start("late").start("other").run(30).start("new").run(120);
+    assert_eq!(s.running(), ["new", "other"], "there is room again for the one that went instead");
+    s.stop("new").run(120);
+    assert_eq!(s.running(), ["late", "other"]);
+    sound(&s);
+}
+
+#[test]
+fn a_stop_that_fails_when_nobody_waits_for_it_any_more_leaves_the_model_running() {
+    let mut s = machine(
+        "stuck = { weights = '60GiB', placement = 'anonymous', priority = 10, stuck = true, stop-seconds = 20 }
+         new = { weights = '60GiB', placement = 'anonymous', priority = 80 }",
+    );
+    s.start("stuck").run(30).start("new").run(5).stop("new").run(60);
+    assert_eq!(s.running(), ["stuck"]);
+    let phases: Vec<Phase> = s.core.holders().values().map(|r| r.phase).collect();
+    assert_eq!(phases, [Phase::Running]);
+    assert!(s.core.owed().is_empty(), "it runs");
+    sound(&s);
+}
+
+#[test]
+fn one_past_its_ttl_that_does_not_stop_is_tried_again_later_and_holds_nobody_up() {
+    let mut s = machine(
+        "stuck = { weights = '60GiB', placement = 'anonymous', ttl-seconds = 30, stuck = true, silent = true }
+         other = { weights = '35GiB', placement = 'anonymous', priority = 20 }
+         new = { weights = '30GiB', placement = 'anonymous', priority = 80 }",
+    );
+    s.start("stuck").run(300);
+    let tries = s.decisions.iter().filter(|d| d.kind == Kind::Expire).count();
+    assert!((2..=5).contains(&tries), "{tries}");
+    s.start("other").run(30).start("new").run(120);
     assert_eq!(s.running(), ["new", "stuck"]);
     sound(&s);
 }

@@ -559,3 +559,32 @@ fn what_a_person_stops_stays_stopped_though_the_last_rung_kills_it() {
     assert_eq!((s.running(), s.core.owed().len()), (Vec::<String>::new(), 0));
     sound(&s);
 }
+
+#[test]
+fn what_the_last_rung_killed_is_followed_to_its_end_and_no_other_goes_meanwhile() {
+    let mut s = three("");
+    s.eat(Bytes::gib(8), Bytes::gib(31)).run(1);
+    assert_eq!(stopped(&s), Vec::<String>::new());
+    last_rung_kills_low(&mut s);
+    s.run(20);
+    assert_eq!(stopped(&s), ["low"]);
+    let gained = s.decisions.iter().filter_map(|d| d.relief?.gained_bytes).collect::<Vec<_>>();
+    assert!(matches!(gained[..], [one] if one >= Bytes::gib(19)), "{gained:?}");
+    sound(&s);
+}
+
+#[test]
+fn a_time_to_finish_that_was_not_needed_in_the_end_is_given_anew_the_next_time() {
+    let mut s = machine(
+        "",
+        "only = { weights = '40GiB', placement = 'anonymous', priority = 10, drain-seconds = 30 }",
+    );
+    s.start("only").run(200).request("only", 1, 36_000);
+    // 84 GiB are left, and 1.8 in the end: it is announced, and the eater goes before its time is up.
+    for times in 1..=2 {
+        s.eat(Bytes::mib(100), Bytes::mib(84_172)).run(845);
+        assert_eq!((s.announced.len(), stopped(&s)), (times, vec![]));
+        s.eat(Bytes::ZERO, Bytes::ZERO).run(60);
+    }
+    sound(&s);
+}

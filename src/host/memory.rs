@@ -28,9 +28,11 @@ impl Host {
         let available = need("MemAvailable", "MemAvailable")?;
         let free = need("MemFree", "MemFree")?;
         let cma_free = field("CmaFree").unwrap_or_default();
+        let zfs = self.zfs_evictable();
         Ok(Memory {
             total,
-            available: (available - cma_free + self.zfs_evictable()).min(total),
+            available: (available - cma_free + zfs).min(total),
+            zfs,
             free: (free - cma_free).min(total),
             free_large: self.read(BUDDYINFO).ok().map(|text| large_blocks(&text)),
             swap_total: field("SwapTotal").unwrap_or_default(),

@@ -63,6 +63,9 @@ pub struct Memory {
     /// What of it lies in blocks of 2 MiB or more (/proc/buddyinfo); unknown where that can't be read.
     #[serde(default)]
     pub free_large: Option<Bytes>,
+    /// What of `available` MemAvailable leaves out: what the ZFS cache would give back.
+    #[serde(default)]
+    pub zfs: Bytes,
     /// SwapTotal.
     #[serde(default)]
     pub swap_total: Bytes,

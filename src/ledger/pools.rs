@@ -149,7 +149,7 @@ impl Charges {
             mapped += share.max(largest(holders, |n| !gone.contains(&n)));
         }
         let host = private + mapped;
-        PerPool { memory: host + unified(machine, &gpus), slice: host - outside_of_slice, gpus }
+        PerPool { memory: host + unified_bytes(machine, &gpus), slice: host - outside_of_slice, gpus }
     }
 }
 
@@ -167,18 +167,13 @@ fn add_gpus(sums: &mut Vec<Bytes>, gpus: &[Bytes]) {
 
 /// The part of per-GPU bytes that is system memory. A GPU that the machine doesn't show is taken
 /// for a unified one: its bytes have to come from somewhere.
-fn unified(machine: &Machine, gpus: &[Bytes]) -> Bytes {
+#[must_use]
+pub fn unified_bytes(machine: &Machine, gpus: &[Bytes]) -> Bytes {
     gpus.iter()
         .enumerate()
         .filter(|(n, _)| machine.gpus.get(*n).is_none_or(|gpu| gpu.kind == GpuKind::Unified))
         .map(|(_, bytes)| *bytes)
         .sum()
-}
-
-/// System memory that a unit holds on GPUs which compute from it.
-#[must_use]
-pub fn unified_bytes(machine: &Machine, gpus: &[Bytes]) -> Bytes {
-    unified(machine, gpus)
 }
 
 /// How much of each pool holders of reservations may hold in all, on `machine` as it is now.
@@ -191,7 +186,7 @@ pub fn capacity(machine: &Machine, reserve: Bytes, holders: &BTreeMap<Instance, 
     let mut held = Bytes::ZERO;
     let mut held_gpus = vec![Bytes::ZERO; machine.gpus.len()];
     for reservation in holders.values() {
-        held += reservation.measured.unreclaimable() + unified(machine, &reservation.measured.gpus);
+        held += reservation.measured.unreclaimable() + unified_bytes(machine, &reservation.measured.gpus);
         for (sum, gpu) in held_gpus.iter_mut().zip(&reservation.measured.gpus) {
             *sum += *gpu;
         }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::request::{Mode, Rules};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Machine, Phase, Reservation};
+use crate::ledger::{Machine, Phase, Reservation, unified_bytes};
 
 /// A model that holds less than this is not worth killing: memory is as short afterwards.
 const WORTHWHILE: Bytes = Bytes::mib(16);
@@ -16,7 +16,7 @@ const WORTHWHILE: Bytes = Bytes::mib(16);
 pub struct LastResort {
     /// Memory is short enough for it to be watched all the time.
     pub near: bool,
-    /// Available memory below which it is, though the loop looks at it when it means to.
+    /// MemAvailable below which it is, though the loop looks at it when it means to.
     pub below: Bytes,
     /// The same when the loop does not.
     pub alone: Bytes,
@@ -42,7 +42,7 @@ pub fn last_resort(
     let mut order: Vec<(&Instance, &Reservation, Bytes)> = holders
         .iter()
         .map(|(instance, r)| {
-            (instance, r, r.measured.unreclaimable() + r.measured.gpus.iter().copied().sum())
+            (instance, r, r.measured.unreclaimable() + unified_bytes(machine, &r.measured.gpus))
         })
         // What a lease is for is nobody's to kill.
         .filter(|(instance, r, frees)| !instance.lease && r.phase != Phase::Preparing && *frees >= WORTHWHILE)
@@ -55,13 +55,15 @@ pub fn last_resort(
     }
     let victims = order.into_iter().map(|(instance, _, frees)| (instance.clone(), frees)).collect();
     let near = machine.memory.available < rules.reserve;
-    Some(LastResort { near, below: rules.reserve.mul_div(1, 8), alone: rules.reserve.mul_div(1, 2), victims })
+    // It reads MemAvailable, which leaves out what the ZFS cache would give back.
+    let line = |part| rules.reserve.mul_div(1, part) - machine.memory.zfs;
+    Some(LastResort { near, below: line(8), alone: line(2), victims })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::{Footprint, Measured};
+    use crate::ledger::{Footprint, Gpu, GpuKind, Measured};
 
     fn holder(priority: u8, last_used: u64, mib: u64) -> Reservation {
         let measured = Measured { private: Bytes::mib(mib), ..Measured::default() };
@@ -71,6 +73,8 @@ mod tests {
     fn machine(available: Bytes) -> Machine {
         let mut machine = Machine::default();
         machine.memory.available = available;
+        let total = Bytes::gib(24);
+        machine.gpus = vec![Gpu { name: "card0".into(), kind: GpuKind::Discrete, total, used: Bytes::ZERO }];
         machine
     }
 
@@ -85,6 +89,9 @@ mod tests {
         add("pinned", Reservation { pinned: true, ..holder(1, 0, 500) });
         add("going", Reservation { phase: Phase::Stopping, ..holder(95, 9, 500) });
         add("lease:make", holder(1, 0, 500));
+        let on_a_card =
+            Measured { private: Bytes::mib(1), gpus: vec![Bytes::gib(20)], ..Measured::default() };
+        add("on-a-card", Reservation { measured: on_a_card, ..holder(1, 0, 0) });
         add("coming", Reservation { phase: Phase::Preparing, ..holder(1, 0, 500) });
         let rules = Rules { reserve: Bytes::gib(4), ..Rules::default() };
         let last = last_resort(&holders, &machine(Bytes::gib(3)), &rules).unwrap();
@@ -92,6 +99,10 @@ mod tests {
         assert_eq!(names, ["going", "low-old", "low-fresh", "high", "pinned"]);
         assert_eq!((last.near, last.below, last.alone), (true, Bytes::mib(512), Bytes::gib(2)));
         assert!(!last_resort(&holders, &machine(Bytes::gib(4)), &rules).unwrap().near, "memory is not short");
+        let mut with_zfs = machine(Bytes::gib(3));
+        with_zfs.memory.zfs = Bytes::gib(1);
+        let orders = last_resort(&holders, &with_zfs, &rules).unwrap();
+        assert_eq!((orders.below, orders.alone), (Bytes::ZERO, Bytes::gib(1)), "its cache gives way first");
         assert_eq!(last_resort(&BTreeMap::new(), &machine(Bytes::ZERO), &rules), None, "nobody can go");
         let observing = Rules { mode: Mode::Observe, ..rules };
         assert_eq!(last_resort(&holders, &machine(Bytes::ZERO), &observing), None);

@@ -35,9 +35,7 @@ impl Scene<'_> {
         let short_of = |rung: &Rung| {
             let charge = self.charge(rung, gone);
             let short = (charge.memory - self.room.memory).max(charge.slice - self.room.slice);
-            // Compressed swap is filled first, and holds what it holds in memory.
-            let compressed = self.situation.machine.swap_in_memory();
-            let swapped = short + if short.is_zero() { short } else { compressed };
+            let swapped = self.swapped_for(short);
             let missing = self.swapfile(swapped, gone)?;
             let kept = Rung { footprint: rung.footprint.swapping(swapped), ..rung.clone() };
             let fits = self.charge(&kept, gone).within(&self.room);
@@ -53,6 +51,12 @@ impl Scene<'_> {
         }
         plan.steps.push(Step::Swap { swapped_bytes });
         Some(plan)
+    }
+
+    /// What has to be swapped out for `short` to be made up for: compressed swap is filled first, and holds what it
+    /// holds in memory.
+    pub(super) fn swapped_for(&self, short: Bytes) -> Bytes {
+        if short.is_zero() { short } else { short + self.situation.machine.swap_in_memory() }
     }
 
     /// The size of the swapfile that has to be made for `swapped` of the request once `gone` have stopped, zero where

@@ -294,7 +294,8 @@ pub fn plan(request: &Request, situation: Situation<'_>) -> Planned {
     {
         return Planned::Refuse(Box::new(refuse(&scene, RefusalKind::UnitLimit(limit))));
     }
-    let named = scene.select(|name, _| request.instead_of.contains(name));
+    let can_go = |name: &Instance| !request.stuck.contains(name);
+    let named = scene.select(|name, _| request.instead_of.contains(name) && can_go(name));
     let pinned: Vec<usize> =
         named.iter().copied().filter(|n| scene.reservation(*n).is_some_and(|r| r.pinned)).collect();
     if !pinned.is_empty() && !request.force {
@@ -310,8 +311,8 @@ pub fn plan(request: &Request, situation: Situation<'_>) -> Planned {
         return scene.wait(stopping);
     }
 
-    let expired: Vec<usize> =
-        scene.select(|name, r| r.expired(situation.now) && !request.instead_of.contains(name));
+    let expired: Vec<usize> = scene
+        .select(|name, r| r.expired(situation.now) && !request.instead_of.contains(name) && can_go(name));
     let rung = largest(&request.ladder, |rung| scene.fits(rung, &[&named[..], &expired].concat()));
     if let Some(rung) = rung {
         let few = scene.fewest(rung, &expired, &named).unwrap_or(expired);
@@ -350,9 +351,9 @@ pub fn plan(request: &Request, situation: Situation<'_>) -> Planned {
     Planned::Refuse(Box::new(refuse(&scene, RefusalKind::WontFit)))
 }
 
-/// The numbers of a refusal of `request`, whatever it is refused for.
-pub(super) fn refusal_of(request: &Request, situation: Situation<'_>) -> Refusal {
-    refuse(&Scene::new(request, situation), RefusalKind::WontFit)
+/// A refusal of `request` for something else than its size, with the numbers.
+pub(super) fn refusal_of(request: &Request, situation: Situation<'_>, kind: RefusalKind) -> Refusal {
+    refuse(&Scene::new(request, situation), kind)
 }
 
 /// Whether `request` would fit in memory as things are, at its full context and with nobody stopped. Whether the disk

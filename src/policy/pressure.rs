@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::decision::Level;
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Charges, FileId, GpuKind, Machine, Phase, Pool, Reservation, capacity};
+use crate::ledger::{Charges, FileId, GpuKind, Machine, Phase, Pool, Reservation, capacity, unified_bytes};
 
 /// What stopping a model takes, until its memory is back; milliseconds. An idle llama-server was gone after 0.1 to 1 s.
 pub const STOP: u64 = 2000;
@@ -84,15 +84,9 @@ fn promised(
     let rest = |r: &Reservation| {
         let (p, m) = (&r.predicted, &r.measured);
         let mapped = if r.streams { Bytes::ZERO } else { p.mapped_bytes() - m.file.max(m.locked_file) };
-        p.private - m.private + (unified(machine, &p.gpus) - unified(machine, &m.gpus)) + mapped
+        p.private - m.private + (unified_bytes(machine, &p.gpus) - unified_bytes(machine, &m.gpus)) + mapped
     };
     holders.values().filter(|r| counts(r)).map(rest).sum()
-}
-
-/// What lies in GPU pools that are system memory.
-fn unified(machine: &Machine, gpus: &[Bytes]) -> Bytes {
-    let counts = |n: &usize| machine.gpus.get(*n).is_none_or(|gpu| gpu.kind == GpuKind::Unified);
-    (0..gpus.len()).filter(counts).map(|n| gpus[n]).sum()
 }
 
 /// What is used of memory beyond what models were promised and hold of it: its growth is nobody's that was planned.
@@ -101,7 +95,7 @@ pub fn beyond(machine: &Machine, holders: &BTreeMap<Instance, Reservation>) -> B
     let planned = |r: &Reservation| {
         let (p, m) = (&r.predicted, &r.measured);
         m.unreclaimable().min(p.private + p.mapped_bytes())
-            + unified(machine, &m.gpus).min(unified(machine, &p.gpus))
+            + unified_bytes(machine, &m.gpus).min(unified_bytes(machine, &p.gpus))
     };
     (machine.memory.total - machine.memory.available) - holders.values().map(planned).sum()
 }
@@ -138,7 +132,7 @@ pub fn gain(
     if let Pool::Gpu(n) = pool {
         return of().map(|r| r.measured.gpus.get(n).copied().unwrap_or_default()).sum();
     }
-    let own = |r: &Reservation| r.measured.unreclaimable() + unified(machine, &r.measured.gpus);
+    let own = |r: &Reservation| r.measured.unreclaimable() + unified_bytes(machine, &r.measured.gpus);
     of().map(own).sum::<Bytes>() + (mapped(holders, &[]) - mapped(holders, gone))
 }
 

@@ -146,18 +146,26 @@ pub(super) fn refuse(scene: &Scene<'_>, kind: RefusalKind) -> Refusal {
 
 /// Why swap can't make up for what is missing once `gone` have stopped.
 fn no_swap(scene: &Scene<'_>, pool: Pool, short: Bytes, gone: &[usize]) -> Option<String> {
-    let private = scene.request.ladder.last().map_or(Bytes::ZERO, |rung| rung.footprint.private);
-    let most = scene.request.swap.unwrap_or(private);
-    match pool {
-        Pool::Gpu(_) => Some("GPU memory must not count on swap".to_owned()),
-        Pool::Slice => Some("the limit of llm.slice binds, not memory".to_owned()),
-        Pool::Memory if most < short => Some(format!("only {most} of it could be swapped")),
-        Pool::Memory if scene.request.swap.is_some() && scene.swapfile(short, gone).is_none() => {
-            let (missing, room) = (scene.swapped_beyond(short, gone), scene.situation.machine.swap_room);
-            Some(format!("a swapfile of {missing} would be needed, and there is room for {room} on disk"))
-        }
-        Pool::Memory => None,
+    if matches!(pool, Pool::Gpu(_)) {
+        return Some("GPU memory must not count on swap".to_owned());
     }
+    if let Some(most) = scene.request.swap {
+        let swapped = scene.swapped_for(short);
+        let (missing, room) = (scene.swapped_beyond(swapped, gone), scene.situation.machine.swap_room);
+        let full =
+            || format!("a swapfile of {missing} would be needed, and there is room for {room} on disk");
+        let has_room = scene.swapfile(swapped, gone).is_some();
+        return if most < swapped { Some(only(most)) } else { (!has_room).then(full) };
+    }
+    let private = scene.request.ladder.last().map_or(Bytes::ZERO, |rung| rung.footprint.private);
+    match pool {
+        Pool::Slice => Some("the limit of llm.slice binds, not memory".to_owned()),
+        _ => (private < short).then(|| only(private)),
+    }
+}
+
+fn only(bytes: Bytes) -> String {
+    format!("only {bytes} of it could be swapped")
 }
 
 /// The first that works of: a smaller context than configured, another model of the same or a
@@ -182,7 +190,8 @@ fn advice(scene: &Scene<'_>, kind: &RefusalKind, gone: &[usize]) -> String {
             return format!("plimsoll load {name}{}", named.concat());
         }
         RefusalKind::FailsToLoad(_) => return format!("journalctl -u {}", name.unit()),
-        RefusalKind::WontFit | RefusalKind::Killed => {}
+        RefusalKind::Killed => return format!("plimsoll load {name} --force"),
+        RefusalKind::WontFit => {}
     }
     if let Some(rung) = request.advice.iter().find(|rung| scene.fits(rung, gone)) {
         return format!("plimsoll load {name} -c {}", rung.context);

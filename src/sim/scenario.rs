@@ -152,6 +152,9 @@ pub struct SimModel {
     /// It does not stop when it is told to.
     #[serde(default)]
     pub stuck: bool,
+    /// Its stop fails, and it ends all the same, after as long again.
+    #[serde(default)]
+    pub stubborn: bool,
     /// Models of the same number share their file.
     pub file: Option<u64>,
 }

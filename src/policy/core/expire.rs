@@ -3,7 +3,7 @@
 use super::{Action, Core, Effect};
 use crate::config::Instance;
 use crate::ledger::Phase;
-use crate::policy::decision::{Decision, Kind, Verdict};
+use crate::policy::decision::{Decision, Kind, Rescue, Verdict};
 use crate::policy::request::Mode;
 
 impl Core {
@@ -13,7 +13,9 @@ impl Core {
         if self.rules.mode == Mode::Observe || self.active.is_some() {
             return;
         }
-        let over = self.holders.iter().filter(|(_, r)| r.expired(now)).map(|(i, _)| i.clone());
+        let over =
+            self.holders.iter().filter(|(i, r)| r.expired(now) && !self.was_tried(Rescue::Expire, Some(i)));
+        let over = over.map(|(i, _)| i.clone());
         let (over, unheard): (Vec<Instance>, Vec<Instance>) = over.partition(|i| self.is_fresh(i, now));
         let unheard: Vec<Instance> =
             unheard.into_iter().filter(|i| !self.looks.values().any(|of| of.contains(i))).collect();
@@ -24,8 +26,7 @@ impl Core {
             let (context, bytes) = (reservation.context, reservation.held().total());
             let (announced, for_instance) = (instance.clone(), None);
             out.push(Action::AboutToEvict { instance: announced, for_instance, deadline: now });
-            let id = self.perform(Effect::Stop(instance.clone()), out);
-            self.expiring.insert(id, instance.clone());
+            self.perform(Effect::Stop(instance.clone()), out);
             let text = format!("{instance} is stopped: idle past its ttl, frees {bytes}");
             let decision = Decision::of(Kind::Expire, instance, Verdict::Fits, now, text);
             self.record(Decision { context, bytes, ..decision }, out);

@@ -1,11 +1,13 @@
 //! What the last rung did in the loop's place, taken into the books.
 
-use super::{Action, Core, Effect};
+use super::relief::Shortage;
+use super::{Action, Core};
 use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{Machine, Pool};
-use crate::policy::decision::{Level, Relief, Rescue};
+use crate::policy::decision::{Level, Rescue};
 use crate::policy::last_resort::{LastResort, last_resort};
+use crate::policy::pressure::gain;
 
 impl Core {
     /// What the last rung stands by with; see [`last_resort`].
@@ -15,28 +17,25 @@ impl Core {
     }
 
     /// A model's processes were killed while `available` was left: its unit is stopped, so that it does not start anew at
-    /// once, and it is owed a return unless it was going anyway.
-    pub(super) fn killed(&mut self, instance: Instance, available: Bytes, now: u64, out: &mut Vec<Action>) {
-        let Some(reservation) = self.holders.get(&instance) else { return };
-        let bytes = reservation.measured.unreclaimable();
-        self.owe_killed(&instance, now);
-        let id = self.perform(Effect::Kill(instance.clone()), out);
-        self.expiring.insert(id, instance.clone());
-        let relief = Relief {
-            rescue: Rescue::Kill,
-            level: Level::Critical,
-            pool: Pool::Memory,
-            headroom_bytes: available,
-            falling_bytes: Bytes::ZERO,
-            needed_bytes: Bytes::ZERO,
-            expected_bytes: bytes,
-            gained_bytes: None,
-        };
+    /// once, its memory is waited for like that of any other, and it is owed a return unless it was going anyway.
+    pub(super) fn killed(
+        &mut self,
+        instance: Instance,
+        available: Bytes,
+        machine: &Machine,
+        now: u64,
+        out: &mut Vec<Action>,
+    ) {
+        if !self.holders.contains_key(&instance) {
+            return;
+        }
+        let bytes = gain(machine, &self.holders, Pool::Memory, &[&instance]);
         let text = format!(
             "{instance} was killed by the last rung: {available} were left and the daemon had not acted in time, \
              frees {bytes}"
         );
-        let decision = self.relief(Some(instance), relief, bytes, text, now);
-        self.record(decision, out);
+        let shortage =
+            Shortage { level: Level::Critical, pool: Pool::Memory, headroom: available, needed: Bytes::ZERO };
+        self.take_away(instance, Rescue::Kill, bytes, text, machine, &shortage, now, out);
     }
 }

@@ -256,7 +256,7 @@ pub struct Core {
     restoring: Option<restore::Restoring>,
     retiring: swap::Retiring,
     afloat: relief::Afloat,
-    expiring: BTreeMap<ActionId, Instance>,
+    stops: BTreeMap<ActionId, Instance>,
     activity: BTreeMap<Instance, activity::Activity>,
     disks: read_ahead::ReadAhead,
     /// Looks under way.
@@ -377,7 +377,9 @@ impl Core {
             Event::Unwanted(instance) => self.owed.retain(|owed| owed.instance != instance),
             Event::Pin(model, pinned) => self.pin(model, pinned),
             Event::Heard(of) => self.heard(&of, now),
-            Event::Killed { instance, available } => self.killed(instance, available, now, &mut out),
+            Event::Killed { instance, available } => {
+                self.killed(instance, available, machine, now, &mut out);
+            }
             Event::Tick => {}
         }
         self.introduce(now, &mut out);
@@ -427,6 +429,9 @@ impl Core {
 
     fn perform(&mut self, effect: Effect, out: &mut Vec<Action>) -> ActionId {
         self.next_id += 1;
+        if let Effect::Stop(instance) | Effect::Kill(instance) = &effect {
+            self.stops.insert(self.next_id, instance.clone());
+        }
         out.push(Action::Perform(self.next_id, effect));
         self.next_id
     }

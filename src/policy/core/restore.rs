@@ -1,8 +1,9 @@
 //! Bringing evicted models back when there is room again.
 
 use super::{Action, ActionId, Core, Effect, Outcome};
+use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Machine, UnitState};
+use crate::ledger::{Machine, UnitState, unified_bytes};
 use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::plan::fits_as_is;
 use crate::policy::request::{Mode, Request, Rung};
@@ -63,7 +64,11 @@ impl Core {
             let request = self.peaks.corrected(as_request(owed));
             let fits = !running && fits_as_is(&request, self.situation(machine, now));
             if owed.for_instance.is_none() && self.rules.ladder {
-                let (instance, takes) = (owed.instance.clone(), owed.reservation.predicted.private);
+                // What headroom loses: weights that are mapped are no headroom while it runs.
+                let predicted = &owed.reservation.predicted;
+                let mapped = if owed.reservation.streams { Bytes::ZERO } else { predicted.mapped_bytes() };
+                let takes = predicted.private + mapped + unified_bytes(machine, &predicted.gpus);
+                let instance = owed.instance.clone();
                 if !self.may_return(&instance, takes, fits, now) {
                     continue;
                 }

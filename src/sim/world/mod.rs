@@ -5,7 +5,7 @@ mod reading;
 
 use std::collections::BTreeMap;
 
-use super::scenario::{Eater, Requests, Scenario, Scripted};
+use super::scenario::{Eater, Requests, Scenario, Scripted, SimModel};
 use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{Busy, Footprint, SwapArea, SwapName, UnitState};
@@ -421,15 +421,21 @@ impl World {
     /// Stops a unit, in its own time.
     pub fn stop(&mut self, instance: &Instance, id: Option<ActionId>) {
         let model = self.scenario.models.get(&instance.model);
-        let (seconds, stuck) = model.map_or((0, false), |m| (m.stop_seconds, m.stuck));
+        let fails = |m: &SimModel| (m.stop_seconds, m.stuck, m.stubborn);
+        let (seconds, stuck, stubborn) = model.map_or((0, false, false), fails);
         let alive = self.units.get(instance).is_some_and(|unit| unit.state.is_alive());
+        let mut id = id;
+        if (stuck || stubborn)
+            && alive
+            && let Some(id) = id.take()
+        {
+            let outcome = Outcome::Failed(format!("{} does not stop", instance.unit()));
+            self.later(seconds * 1000, Happening::Outcome(id, outcome));
+        }
         if stuck && alive {
-            if let Some(id) = id {
-                let outcome = Outcome::Failed(format!("{} does not stop", instance.unit()));
-                self.later(seconds * 1000, Happening::Outcome(id, outcome));
-            }
             return;
         }
+        let seconds = if stubborn { seconds * 2 } else { seconds };
         let invocation = self.units.get(instance).map_or(0, |unit| unit.invocation);
         if let Some(unit) = self.units.get_mut(instance) {
             unit.awaits_restart = false;

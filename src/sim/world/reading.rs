@@ -78,7 +78,15 @@ impl World {
             area.used = in_swap.min(area.size);
             in_swap -= area.used;
         }
-        let memory = Memory { total: sim.memory, available, free, free_large, swap_total, swap_free };
+        let memory = Memory {
+            total: sim.memory,
+            available,
+            free,
+            free_large,
+            swap_total,
+            swap_free,
+            zfs: Bytes::ZERO,
+        };
         let swap_room = self.swap_room();
         let psi = |value: u16| (!sim.no_psi).then_some(value);
         let waits = if spilled.is_zero() { self.pressure } else { (900, 500) };

@@ -45,9 +45,10 @@ impl Core {
     }
 
     pub(super) fn done(&mut self, id: ActionId, outcome: Outcome, now: u64, out: &mut Vec<Action>) {
-        if let Some(instance) = self.expiring.remove(&id) {
+        // Also where nobody waits for it any more.
+        if let Some(instance) = self.stops.remove(&id) {
             self.unstoppable(&instance, &outcome);
-            return;
+            self.remember_failed(&instance, &outcome, now);
         }
         if self.looked(id, now)
             || self.relieved(id, &outcome, now)
@@ -69,9 +70,8 @@ impl Core {
             Stage::Stop { id: waited, instance, frees, room } if waited == id => match &outcome {
                 Outcome::Done => Stage::Settle { instance, frees, room, since: now },
                 Outcome::Failed(_) => {
-                    active.pending.request.stuck.insert(instance.clone());
-                    self.owed.retain(|owed| owed.instance != instance);
-                    self.unstoppable(&instance, &outcome);
+                    // Should it end after all, it is owed its return; should it go on, it is not.
+                    active.pending.request.stuck.insert(instance);
                     return;
                 }
             },
@@ -230,17 +230,16 @@ impl Core {
             return;
         }
         if self.is_kept_off(&active.pending.request.instance, now) && !active.pending.request.force {
-            let mut refusal = refusal_of(&active.pending.request, self.situation(machine, now));
-            refusal.kind = RefusalKind::Killed;
-            refusal.advice = format!("plimsoll load {} --force", refusal.instance);
+            let situation = self.situation(machine, now);
+            let refusal = refusal_of(&active.pending.request, situation, RefusalKind::Killed);
             self.refuse(active, Box::new(refusal), now, out);
             return;
         }
         match planned {
             Planned::Admit(plan) if self.is_in_vain(&active.pending.request, &plan) => {
-                let mut refusal = refusal_of(&active.pending.request, self.situation(machine, now));
                 let failed = self.failed_loads.get(&active.pending.request.instance);
-                refusal.kind = RefusalKind::FailsToLoad(failed.copied().unwrap_or_default());
+                let kind = RefusalKind::FailsToLoad(failed.copied().unwrap_or_default());
+                let refusal = refusal_of(&active.pending.request, self.situation(machine, now), kind);
                 self.refuse(active, Box::new(refusal), now, out);
             }
             Planned::Admit(plan) => {
@@ -300,9 +299,7 @@ impl Core {
     }
 
     fn timed_out(&self, request: &Request, machine: &Machine, now: u64, on: Vec<Instance>) -> Box<Refusal> {
-        let mut refusal = refusal_of(request, self.situation(machine, now));
-        refusal.kind = RefusalKind::WaitedTooLong(on);
-        Box::new(refusal)
+        Box::new(refusal_of(request, self.situation(machine, now), RefusalKind::WaitedTooLong(on)))
     }
 
     fn reserve(&mut self, active: &Active, plan: &Plan, phase: Phase, now: u64) {

@@ -54,11 +54,11 @@ impl Core {
                 active.stage = Stage::Stop { id, instance: victim.clone(), frees: *frees_bytes, room };
             }
             Step::AddSwap { bytes } => {
-                // Two are enough: what is made and does not show is no help.
+                // Two are enough: what is made and does not show, or is short again, is no help.
                 if active.steps.iter().filter(|step| matches!(step, Step::AddSwap { .. })).count() == 2 {
                     active.pending.request.swap = None;
                     active.pending.request.no_swapfile =
-                        Some("the swapfiles made for it don't show".to_owned());
+                        Some("two swapfiles were made for it, and are not enough".to_owned());
                     self.active = Some(active);
                     return;
                 }

@@ -3,17 +3,18 @@
 //! One thing at a time: the next follows when the memory of the last one is back, or its time is up. Whoever is stopped
 //! is owed a return, the later the more often it happened.
 
+mod gentle;
 mod say;
 mod stop;
 
 use std::collections::BTreeMap;
 
-use super::{Action, ActionId, Core, Effect, Leak, Outcome};
+use super::{Action, ActionId, Core, Leak, Outcome};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{FileId, Machine, Phase, Pool, Reservation, SwapOwner, swapfile_bytes};
+use crate::ledger::{Machine, Phase, Pool, Reservation};
 use crate::policy::decision::{Decision, Kind, Level, Relief, Rescue};
-use crate::policy::pressure::{self, Gauge, REACT, STOP, WAITING, beyond, gain};
+use crate::policy::pressure::{self, Gauge, REACT, STOP, beyond, gain};
 use crate::policy::request::Mode;
 
 /// How long a stop is waited for while the machine is in no danger; milliseconds.
@@ -98,12 +99,12 @@ enum Harm {
 
 /// What is short.
 #[derive(Clone, Copy, Debug)]
-struct Shortage {
-    level: Level,
-    pool: Pool,
-    headroom: Bytes,
+pub(super) struct Shortage {
+    pub(super) level: Level,
+    pub(super) pool: Pool,
+    pub(super) headroom: Bytes,
     /// What has to come back for models to be left alone.
-    needed: Bytes,
+    pub(super) needed: Bytes,
 }
 
 impl Core {
@@ -116,7 +117,7 @@ impl Core {
 
     /// Does the next thing that keeps the machine afloat, if anything has to be done.
     pub(super) fn relieve(&mut self, machine: &Machine, now: u64, out: &mut Vec<Action>) {
-        if self.holders.is_empty() && self.owed.is_empty() {
+        if self.holders.is_empty() && self.owed.is_empty() && self.afloat.under_way.is_none() {
             self.afloat = Afloat {
                 killed: std::mem::take(&mut self.afloat.killed),
                 stops: std::mem::take(&mut self.afloat.stops),
@@ -125,11 +126,15 @@ impl Core {
             return;
         }
         let shortage = self.read(machine, now);
+        self.follow(machine, &shortage, now, out);
         if !self.rules.ladder {
             (self.afloat.level, self.afloat.gpu_level) = (Level::Calm, Level::Calm);
+            self.settles(now);
             return;
         }
-        self.follow(machine, &shortage, now, out);
+        if shortage.level < Level::Act {
+            self.afloat.draining = None;
+        }
         self.hasten(machine, &shortage, now, out);
         if self.afloat.under_way.is_none() && !machine.stopping {
             self.next_rescue(machine, &shortage, now, out);
@@ -310,7 +315,6 @@ impl Core {
             return;
         }
         if shortage.level < Level::Act {
-            self.afloat.draining = None;
             if shortage.headroom < self.rules.reserve.mul_div(3, 4) {
                 // Their answers shall be there when they are needed.
                 self.drains_or_asks(machine, shortage, now, out);
@@ -337,97 +341,20 @@ impl Core {
         }
     }
 
-    /// Cold cache counts as available, so that dropping it only helps where the kernel is too slow to do it.
-    fn drop_cold_cache(
-        &mut self,
-        machine: &Machine,
-        shortage: &Shortage,
-        now: u64,
-        out: &mut Vec<Action>,
-    ) -> bool {
-        let waits = machine.pressure.some.is_some_and(|some| some >= WAITING);
-        if !waits
-            || machine.memory.free >= self.rules.reserve.mul_div(1, 2)
-            || shortage.level == Level::Critical
-        {
-            return false;
-        }
-        let used = |file: &FileId| {
-            let mut mapped = self.holders.values().flat_map(|r| &r.predicted.mapped);
-            mapped.any(|mapped| mapped.file == *file)
-        };
-        let cold: Vec<FileId> = machine.cached.keys().filter(|file| !used(file)).copied().collect();
-        let bytes: Bytes = cold.iter().filter_map(|file| machine.cached.get(file)).copied().sum();
-        if bytes < self.worthwhile() || self.was_tried(Rescue::DropCache, None) {
-            return false;
-        }
-        let text = format!(
-            "{bytes} of cold page cache is dropped: only {} is free without, and tasks wait for memory",
-            machine.memory.free
-        );
-        self.begin_rescue(None, Rescue::DropCache, bytes, Effect::DropCache(cold), text, shortage, now, out);
-        true
-    }
-
-    /// Takes memory back from an idle model that may swap, where swap has room for it.
-    fn reclaim(&mut self, machine: &Machine, shortage: &Shortage, now: u64, out: &mut Vec<Action>) -> bool {
-        let most = self.to_calm(shortage).min(self.swap_left(machine));
-        let some = |(instance, r): (&Instance, &Reservation)| {
-            let bytes = most.min(r.measured.private.mul_div(1, 2));
-            let may =
-                self.harm(machine, instance, r, now).is_some_and(|harm| harm <= Harm::Idle) && r.may_swap;
-            let worth = bytes >= self.worthwhile() && !self.was_tried(Rescue::Reclaim, Some(instance));
-            (may && worth).then(|| (r.priority, std::cmp::Reverse(bytes), instance.clone()))
-        };
-        let Some((_, std::cmp::Reverse(bytes), instance)) = self.holders.iter().filter_map(some).min() else {
-            return false;
-        };
-        let text =
-            format!("{bytes} of {instance}, which is idle, goes into swap: {}", self.shortage_text(shortage));
-        let effect = Effect::Reclaim(instance.clone(), bytes);
-        self.begin_rescue(Some(instance), Rescue::Reclaim, bytes, effect, text, shortage, now, out);
-        true
-    }
-
-    /// Makes a swapfile for models that may swap, where there is none with room.
-    fn add_swap(&mut self, machine: &Machine, shortage: &Shortage, now: u64, out: &mut Vec<Action>) -> bool {
-        let wanted = self.to_calm(shortage);
-        let batch = self.holders.values().filter(|r| r.may_swap && r.phase == Phase::Running);
-        let could: Bytes = batch.map(|r| r.measured.private.mul_div(1, 2)).sum();
-        // Few large ones rather than many small ones.
-        let bytes = swapfile_bytes(wanted.max(self.rules.reserve * 2).min(could)).min(machine.swap_room);
-        let useless = self.was_tried(Rescue::AddSwap, None) || self.is_retiring() || self.active.is_some();
-        if useless || bytes < self.rules.reserve.mul_div(1, 2) || self.swap_left(machine) >= self.worthwhile()
-        {
-            return false;
-        }
-        let text = format!(
-            "a swapfile of {bytes} is made for models that may swap: {}",
-            self.shortage_text(shortage)
-        );
-        let effect = Effect::AddSwap(SwapOwner::Plan, bytes);
-        self.begin_rescue(None, Rescue::AddSwap, bytes, effect, text, shortage, now, out);
-        true
-    }
-
-    /// What swap on a disk has room for, beside what it was made for.
-    fn swap_left(&self, machine: &Machine) -> Bytes {
-        let promised = self.holders.values().map(|r| r.predicted.swapped - r.measured.swapped).sum();
-        machine.memory.swap_free - machine.swap_in_memory() - promised
-    }
-
-    /// What has to come back for nothing to be short, and for half a minute more.
-    fn to_calm(&self, shortage: &Shortage) -> Bytes {
-        self.rules.reserve.mul_div(5, 4) - shortage.headroom + self.afloat.gauge.lost_within(30_000)
-    }
-
     /// Less than this is not worth doing anything for.
     fn worthwhile(&self) -> Bytes {
         self.rules.reserve.mul_div(1, 16).max(Bytes::mib(1))
     }
 
-    fn was_tried(&self, rescue: Rescue, instance: Option<&Instance>) -> bool {
+    pub(super) fn was_tried(&self, rescue: Rescue, instance: Option<&Instance>) -> bool {
         self.afloat.not_before.contains_key(&(rescue, instance.cloned()))
+    }
+
+    /// One that could not be stopped is not stopped again at once when its time is up.
+    pub(super) fn remember_failed(&mut self, instance: &Instance, outcome: &Outcome, now: u64) {
+        if let Outcome::Failed(_) = outcome {
+            self.afloat.not_before.insert((Rescue::Expire, Some(instance.clone())), now + IN_VAIN);
+        }
     }
 
     /// Takes in the outcome of what was done; false when `id` is none of it.
@@ -440,7 +367,6 @@ impl Core {
             self.afloat.not_before.insert((failed.relief.rescue, failed.instance.clone()), now + IN_VAIN);
             if let Some(instance) = &failed.instance {
                 self.afloat.killed.remove(instance);
-                self.unstoppable(instance, outcome);
             }
         }
         true
@@ -481,6 +407,7 @@ impl Core {
         if self.owed.iter().any(|owed| owed.for_instance.is_none()) {
             self.wake_at(now + LOOK_FOR_ROOM);
         }
+        self.settles(now);
         if self.holders.is_empty() {
             return;
         }
@@ -491,9 +418,15 @@ impl Core {
         let time = if helpless { time.map(|time| time.max(HELPLESS)) } else { time };
         let time =
             if self.afloat.gpu_level > Level::Calm { Some(time.unwrap_or(1000).min(1000)) } else { time };
-        let settles = self.afloat.under_way.is_some().then_some(50);
-        if let Some(time) = time.into_iter().chain(settles).min() {
+        if let Some(time) = time {
             self.wake_at(now + time);
+        }
+    }
+
+    /// Looks again soon where the memory of somebody is to come back.
+    fn settles(&mut self, now: u64) {
+        if self.afloat.under_way.is_some() {
+            self.wake_at(now + 50);
         }
     }
 }

@@ -194,7 +194,7 @@ impl Core {
 
     /// Stops or kills a model, which is then owed a return.
     #[expect(clippy::too_many_arguments, reason = "one decision with its numbers")]
-    pub(super) fn take_away(
+    pub(in crate::policy::core) fn take_away(
         &mut self,
         instance: Instance,
         rescue: Rescue,
