@@ -131,6 +131,8 @@ pub fn bench(lab: &Lab, options: &Options) -> Result<()> {
 }
 
 fn configure(lab: &Lab) -> Result<()> {
+    // Whoever an earlier part has left has a port that is needed here.
+    lab.guest.ok_within("systemctl stop 'llm@*.service'", PATIENCE)?;
     lab.configure(&[])?;
     for (name, _, priority) in MODELS {
         let port = MODELS.iter().find(|model| model.0 == name).map_or(0, |model| model.1);
