@@ -1,8 +1,8 @@
 //! Something eats the guest's memory while models idle: Plimsoll beside earlyoom and systemd-oomd of the distribution.
 //!
 //! The eater is bounded by what models can give back: it takes all that is available but 64 MiB, and one model gone is
-//! enough for it. The line for all three is a tenth of memory, which is where earlyoom acts of its own accord; what
-//! happens is judged by a process in the guest that looks every 5 ms. The engines hold memory of their own that can't
+//! enough for it. The line for all three is a tenth of memory, which is where earlyoom acts of its own accord, and half
+//! of the reserve that ours is given; what happens is judged by a process in the guest that looks every 5 ms. The engines hold memory of their own that can't
 //! be compressed, and answer on a health page; nothing else of a real one matters here.
 
 use super::{quantile, ssh};
@@ -37,6 +37,8 @@ const MODELS: [(&str, u16, u8); 3] = [("low", 8001, 10), ("middle", 8002, 50), (
 const EACH: Bytes = Bytes::mib(220);
 /// What the eater leaves of what is available.
 const LEFT: Bytes = Bytes::mib(64);
+/// All three are to act when less than this part of memory is left.
+const LINE: u64 = 10;
 /// How long it stays.
 const MEAL: u64 = 5;
 /// How long models run before anything happens; seconds.
@@ -145,6 +147,10 @@ fn configure(lab: &Lab) -> Result<()> {
         );
         lab.guest.write(&format!("/etc/plimsoll/models.d/{name}.toml"), &toml)?;
     }
+    // Ours acts below half of its reserve: at the same line as earlyoom.
+    let reserve = total(lab)?.mul_div(1, LINE) * 2;
+    lab.guest
+        .write("/etc/plimsoll/plimsoll.toml.d/line.toml", &format!("reserve = \"{}MiB\"\n", reserve.0 >> 20))?;
     // systemd-oomd does nothing without being told what for: what its own documentation recommends.
     for slice in ["-.slice", "system.slice", "llm.slice"] {
         let keys = match slice {
@@ -155,6 +161,12 @@ fn configure(lab: &Lab) -> Result<()> {
             .write(&format!("/etc/systemd/system/{slice}.d/oomd.conf"), &format!("[Slice]\n{keys}\n"))?;
     }
     lab.guest.ok("systemctl daemon-reload && systemctl reload plimsolld.service").map(|_| ())
+}
+
+/// MemTotal of the guest.
+fn total(lab: &Lab) -> Result<Bytes> {
+    let kib: u64 = lab.guest.ok("awk '/^MemTotal:/ {print $2}' /proc/meminfo")?.parse()?;
+    Ok(Bytes(kib * 1024))
 }
 
 fn set_swap(lab: &Lab, on: bool) -> Result<()> {
@@ -203,8 +215,7 @@ fn protect_by(lab: &Lab, protector: Protector) -> Result<()> {
 fn once(lab: &Lab, protector: Protector, rate: Bytes) -> Result<Run> {
     protect_by(lab, protector)?;
     let guest = &lab.guest;
-    let total: u64 = guest.ok("awk '/^MemTotal:/ {print $2}' /proc/meminfo")?.parse()?;
-    let line = Bytes(total * 1024 / 10);
+    let line = total(lab)?.mul_div(1, LINE);
     let mut processes = String::new();
     for (name, ..) in MODELS {
         processes.push_str(&format!(" {name}={}", lab.main_pid(name)?));
