@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use super::handle::{Asker, Fault, LoadOptions};
-use super::input::{Command, Input, Looking, Publication, Purpose, Waiting, Weighed};
+use super::input::{Command, Input, Looking, Publication, Purpose, Shown, Swapping, Waiting, Weighed};
 use super::jobs::{Job, JobKind};
 use super::run::{Daemon, FIRST_TICKET};
 use super::view;
@@ -70,15 +70,20 @@ impl Daemon {
                 let _ = reply.send(view::planned(&request, planned, pools, now));
             }
             Command::Status(models, problems, reply) => {
+                let shown = Shown { models, problems, reply };
                 let of = self.core.unheard(now);
-                let looking = Looking { of: of.clone(), models, problems, reply };
                 if of.is_empty() {
-                    self.show(looking);
+                    self.show(vec![shown]);
+                    return;
+                }
+                // Who asks while engines are asked waits for the same answers.
+                if let Some(looking) = self.looking.values_mut().find(|looking| looking.of.is_superset(&of)) {
+                    looking.shown.push(shown);
                     return;
                 }
                 self.next_ticket += 1;
                 let id = FIRST_SWAP + self.next_ticket - FIRST_TICKET;
-                self.looking.insert(id, looking);
+                self.looking.insert(id, Looking { of: of.clone(), shown: vec![shown] });
                 self.perform(id, Effect::AskActivity(of));
             }
             Command::Explain(instance, reply) => {
@@ -92,20 +97,22 @@ impl Daemon {
         }
     }
 
-    fn show(&mut self, looking: Looking) {
-        let (machine, now) = (self.observe(), self.parts.ports.now());
-        let Looking { models, problems, reply, .. } = looking;
-        let mut status = view::status(&self.core, &machine, &self.leases, &models, problems, now);
-        status.unseen = self.parts.ports.unseen();
-        status.turns = self.turns.report();
-        let _ = reply.send(status);
+    fn show(&mut self, shown: Vec<Shown>) {
+        // People see what is being removed as well.
+        let (machine, now) = (self.read(), self.parts.ports.now());
+        for Shown { models, problems, reply } in shown {
+            let mut status = view::status(&self.core, &machine, &self.leases, &models, problems, now);
+            status.unseen = self.parts.ports.unseen();
+            status.turns = self.turns.report();
+            let _ = reply.send(status);
+        }
     }
 
     /// Makes or removes a swapfile for a person, unless a model needs it.
     fn swap(&mut self, effect: Effect, reply: oneshot::Sender<Result<(), Fault>>) {
         let machine = self.observe();
         if let Effect::RemoveSwap(name) = &effect {
-            let known = machine.swaps.iter().any(|area| area.own() == Some(*name));
+            let known = self.is_going(*name) || machine.swaps.iter().any(|area| area.own() == Some(*name));
             let by = self.core.need_swapfile(*name, &machine);
             let fault = match by.first() {
                 _ if !known => {
@@ -122,9 +129,10 @@ impl Daemon {
                 return;
             }
         }
+        let going = if let Effect::RemoveSwap(name) = &effect { Some(*name) } else { None };
         self.next_ticket += 1;
         let id = FIRST_SWAP + self.next_ticket - FIRST_TICKET;
-        self.swapping.insert(id, reply);
+        self.swapping.insert(id, Swapping { going, reply });
         self.perform(id, effect);
     }
 
@@ -183,12 +191,12 @@ impl Daemon {
             None => {
                 if let Some(looking) = self.looking.remove(&id) {
                     self.step(Event::Heard(looking.of.clone()));
-                    self.show(looking);
+                    self.show(looking.shown);
                     return;
                 }
-                if let Some(reply) = self.swapping.remove(&id) {
+                if let Some(swapping) = self.swapping.remove(&id) {
                     self.step(Event::Tick);
-                    let _ = reply.send(match outcome {
+                    let _ = swapping.reply.send(match outcome {
                         Outcome::Done => Ok(()),
                         Outcome::Failed(why) => Err(Fault::Failed(why)),
                     });
@@ -211,15 +219,15 @@ impl Daemon {
         let weighers = Arc::clone(&self.weighers);
         tokio::spawn(async move {
             // It is never closed.
-            let _turn = weighers.acquire().await;
-            let work = move || {
-                let request = catalog.request(&wish, &gpus);
-                if let Some(survey) = survey {
-                    survey();
-                }
-                (request, catalog.rulebook())
-            };
-            let (request, rules) = match tokio::task::spawn_blocking(work).await {
+            let turn = weighers.acquire().await;
+            let work = move || (catalog.request(&wish, &gpus), catalog.rulebook());
+            let done = tokio::task::spawn_blocking(work).await;
+            // Another one is worked out while this one waits.
+            drop(turn);
+            if let Some(survey) = survey {
+                survey.look().await;
+            }
+            let (request, rules) = match done {
                 Ok(done) => done,
                 Err(error) => {
                     (Err(CatalogError::Config(format!("the daemon failed to read the model: {error}"))), None)
@@ -381,7 +389,9 @@ impl Daemon {
         let (footprint, basis) =
             holder.map(|holder| (holder.predicted.clone(), holder.basis.clone())).unwrap_or_default();
         let rung = Rung { context, footprint, basis };
+        let weighers = Arc::clone(&self.weighers);
         tokio::spawn(async move {
+            let _turn = weighers.acquire().await;
             let launch = tokio::task::spawn_blocking(move || catalog.launch(&wish, &rung, &gpus)).await;
             let _ = reply.send(match launch {
                 Ok(launch) => launch.map_err(Fault::Catalog),

@@ -12,6 +12,7 @@ use super::jobs::{Job, JobResult};
 use super::leases::{LeaseAsk, LeaseInfo};
 use crate::bytes::Bytes;
 use crate::config::Instance;
+use crate::ledger::SwapName;
 use crate::policy::core::Effect;
 use crate::policy::{Decision, Event, Level, Mode, Request};
 use crate::ports::{CatalogError, Launch, ModelInfo, Rulebook, Wish};
@@ -112,14 +113,28 @@ pub(super) struct Waiting {
     pub(super) reply: Option<oneshot::Sender<Result<Launch, Fault>>>,
 }
 
-/// A call for the status that waits for what the engines say.
+/// Calls for the status that wait for what the engines say.
 #[derive(Debug)]
 pub(super) struct Looking {
     /// Who was asked.
     pub(super) of: BTreeSet<Instance>,
+    pub(super) shown: Vec<Shown>,
+}
+
+/// A call for the status.
+#[derive(Debug)]
+pub(super) struct Shown {
     pub(super) models: Vec<ModelInfo>,
     pub(super) problems: Vec<String>,
     pub(super) reply: oneshot::Sender<super::report::Status>,
+}
+
+/// A call that waits for a swapfile to be made or removed.
+#[derive(Debug)]
+pub(super) struct Swapping {
+    /// What is removed.
+    pub(super) going: Option<SwapName>,
+    pub(super) reply: oneshot::Sender<Result<(), Fault>>,
 }
 
 /// What the daemon tells the world.

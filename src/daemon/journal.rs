@@ -9,9 +9,19 @@
 //! `PLIMSOLL_GAINED_BYTES` where they are known; and `PLIMSOLL_JSON`, which is all of it, as `Explain` has it.
 
 use std::cmp::Reverse;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Metadata, Subscriber, Value};
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::debug_fn;
+use tracing_subscriber::layer::{Context, Layer};
 use tracing_subscriber::prelude::*;
 
 use crate::config::Instance;
@@ -39,18 +49,131 @@ fn word(value: impl Serialize) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
+/// What is logged.
+const LEVEL: LevelFilter = LevelFilter::INFO;
+/// Lines that wait for the journal at most.
+const WAITING: usize = 1024;
+/// For how long the last of them are waited for.
+const LAST: Duration = Duration::from_secs(2);
+/// Fields that a line has at most.
+const FIELDS: usize = 32;
+/// The stack of the thread that writes.
+const STACK: usize = 256 * 1024;
+
+/// What was started; see [`start`].
+#[derive(Debug)]
+#[must_use]
+pub struct Journal {
+    left: Option<Arc<AtomicUsize>>,
+}
+
+impl Journal {
+    /// Waits for the last lines to be written, but not for ever.
+    pub fn end(self) {
+        let deadline = Instant::now() + LAST;
+        let left = || self.left.as_ref().is_some_and(|left| left.load(Ordering::Acquire) > 0);
+        while left() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// A line on its way to the journal.
+#[derive(Debug)]
+struct Line {
+    metadata: &'static Metadata<'static>,
+    fields: Fields,
+    /// How many before it did not fit.
+    lost: u64,
+}
+
+impl Line {
+    /// Says it again, to whom this thread says it.
+    fn say(&self) {
+        let Some((first, _)) = self.fields.0.first() else { return };
+        let mut values: [(&Field, Option<&dyn Value>); FIELDS] = [(first, None); FIELDS];
+        for (place, (field, value)) in values.iter_mut().zip(&self.fields.0) {
+            *place = (field, Some(value));
+        }
+        Event::dispatch(self.metadata, &self.metadata.fields().value_set(&values));
+    }
+}
+
+/// Fields and their values, as the journal has them: everything is text there.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Fields(Vec<(Field, String)>);
+
+impl Visit for Fields {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.0.push((field.clone(), value.to_owned()));
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.0.push((field.clone(), format!("{value:?}")));
+    }
+}
+
+/// Hands lines to the thread that writes them: the journal's socket blocks while nobody reads it, and the loop is not
+/// to stand still for that.
+struct Queue {
+    lines: SyncSender<Line>,
+    /// How many are not written yet.
+    left: Arc<AtomicUsize>,
+    /// How many did not fit since the last one that did.
+    lost: AtomicU64,
+}
+
+impl Queue {
+    /// Starts the thread.
+    fn start(journal: tracing_journald::Layer) -> io::Result<Self> {
+        let (lines, taken) = sync_channel(WAITING);
+        let left = Arc::new(AtomicUsize::new(0));
+        let of_thread = Arc::clone(&left);
+        std::thread::Builder::new().name("journal".to_owned()).stack_size(STACK).spawn(move || {
+            let journal = tracing_subscriber::registry().with(LEVEL).with(journal);
+            tracing::subscriber::with_default(journal, || write(&taken, &of_thread));
+        })?;
+        Ok(Self { lines, left, lost: AtomicU64::new(0) })
+    }
+}
+
+impl<S: Subscriber> Layer<S> for Queue {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        let lost = self.lost.swap(0, Ordering::Relaxed);
+        self.left.fetch_add(1, Ordering::AcqRel);
+        if self.lines.try_send(Line { metadata: event.metadata(), fields, lost }).is_err() {
+            self.left.fetch_sub(1, Ordering::AcqRel);
+            self.lost.fetch_add(lost + 1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Writes lines until there can be no more.
+fn write(lines: &Receiver<Line>, left: &AtomicUsize) {
+    for line in lines {
+        if line.lost > 0 {
+            tracing::warn!("lines missing here, for the journal did not take them: {}", line.lost);
+        }
+        line.say();
+        left.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 /// Logs to the journal, or to standard error where there is none.
-pub fn start() {
+pub fn start() -> Journal {
     let journal =
         if std::env::var_os("JOURNAL_STREAM").is_some() { tracing_journald::layer().ok() } else { None };
-    let level = tracing_subscriber::filter::LevelFilter::INFO;
+    let queue = journal.and_then(|journal| {
+        let journal = journal.with_field_prefix(None).with_syslog_identifier("plimsolld".to_owned());
+        Queue::start(journal).ok()
+    });
+    let left = queue.as_ref().map(|queue| Arc::clone(&queue.left));
     let registry = tracing_subscriber::registry();
     // A subscriber that is there already is a test's.
-    let _ = match journal {
-        Some(journal) => {
-            let journal = journal.with_field_prefix(None).with_syslog_identifier("plimsolld".to_owned());
-            registry.with(journal.with_filter(level)).try_init()
-        }
+    let _ = match queue {
+        Some(queue) => registry.with(queue.with_filter(LEVEL)).try_init(),
         None => {
             let lines = tracing_subscriber::fmt::layer()
                 .with_writer(std::io::stderr)
@@ -61,9 +184,10 @@ pub fn start() {
                     "message" => write!(writer, "{value:?}"),
                     _ => Ok(()),
                 }));
-            registry.with(lines.with_filter(level)).try_init()
+            registry.with(lines.with_filter(LEVEL)).try_init()
         }
     };
+    Journal { left }
 }
 
 /// The numbers that only some decisions have.
@@ -204,6 +328,32 @@ mod tests {
                 assert!(always.contains(&field), "{id}: {field}");
             }
         }
+    }
+
+    #[test]
+    fn lines_are_said_again_as_they_were_and_what_does_not_fit_is_counted() {
+        let (lines, taken) = sync_channel(1);
+        let queue = Queue { lines, left: Arc::default(), lost: AtomicU64::new(0) };
+        let left = Arc::clone(&queue.left);
+        let said = |line: &Line| -> Vec<(&'static str, String)> {
+            line.fields.0.iter().map(|(field, value)| (field.name(), value.clone())).collect()
+        };
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(queue), || {
+            let nothing: Option<u64> = None;
+            tracing::warn!(PLIMSOLL_MODEL = "a b", PLIMSOLL_BYTES = 7_u64, PLIMSOLL_POOL = nothing, "{}!", 2);
+            tracing::info!("there is no room for this");
+            tracing::info!("nor for this");
+            let first = taken.recv().unwrap();
+            let expected = [("message", "2!"), ("PLIMSOLL_MODEL", "a b"), ("PLIMSOLL_BYTES", "7")];
+            assert_eq!(said(&first), expected.map(|(name, value)| (name, value.to_owned())));
+            // What is lost is told with the next one that fits.
+            first.say();
+            let again = taken.recv().unwrap();
+            assert_eq!((&again.fields, again.metadata), (&first.fields, first.metadata));
+            assert_eq!((first.lost, again.lost), (0, 2));
+            tracing::info!("last");
+            assert_eq!((taken.recv().unwrap().lost, left.load(Ordering::Acquire)), (0, 3));
+        });
     }
 
     #[test]

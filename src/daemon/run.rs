@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant as Time, sleep_until};
 
-use super::handle::{Fault, Handle, LoadOptions};
-use super::input::{Input, Looking, Publication, Waiting};
+use super::handle::{Handle, LoadOptions, Survey};
+use super::input::{Input, Looking, Publication, Swapping, Waiting};
 use super::jobs::Jobs;
 use super::leases::{KeptLease, Leases};
 use super::state::{Durable, Store};
@@ -17,15 +17,15 @@ use super::turns::Turns;
 use super::{journal, view};
 use crate::action::notify::{Notifier, watchdog_interval};
 use crate::config::Instance;
-use crate::ledger::Machine;
+use crate::ledger::{Machine, SwapName};
 use crate::policy::core::Effect;
 use crate::policy::{Action, ActionId, Core, Event, Level, Mode};
 use crate::ports::{Catalog, Ports, Rulebook};
 
 /// Calls on the bus have tickets from here on; the simulated gate counts from zero.
 pub(super) const FIRST_TICKET: u64 = 1 << 62;
-/// Requests that are worked out at a time. A disk that does not answer holds up so many, and not the
-/// daemon.
+/// Requests and commands that are worked out at a time. A disk that does not answer holds up so many,
+/// and not the daemon.
 const WEIGHERS: usize = 8;
 /// How often the memory and the activity of models is looked at while any runs.
 const SAMPLE: Duration = Duration::from_secs(30);
@@ -44,8 +44,8 @@ pub struct Parts {
     pub mode: Option<Mode>,
     /// Where to remember; none where nothing is to be.
     pub store: Option<Arc<dyn Store>>,
-    /// Looked at before each admission, on a thread that may block: the page cache.
-    pub survey: Option<Arc<dyn Fn() + Send + Sync>>,
+    /// Looked at before each admission: the page cache.
+    pub survey: Option<Arc<Survey>>,
     /// Called when the configuration was read again, on a thread that may block.
     pub reloaded: Option<Arc<dyn Fn() + Send + Sync>>,
     /// The service manager: watchdog, status, readiness after a reload.
@@ -75,7 +75,7 @@ pub struct Daemon {
     pub(super) jobs: Jobs,
     pub(super) leases: Leases,
     /// Calls that wait for a swapfile, by the ids of their effects.
-    pub(super) swapping: BTreeMap<ActionId, oneshot::Sender<Result<(), Fault>>>,
+    pub(super) swapping: BTreeMap<ActionId, Swapping>,
     /// Calls that wait for what the engines say, by the ids of their effects.
     pub(super) looking: BTreeMap<ActionId, Looking>,
     pub(super) weighers: Arc<Semaphore>,
@@ -257,9 +257,23 @@ impl Daemon {
         }
     }
 
-    pub(super) fn observe(&mut self) -> Arc<Machine> {
+    /// The machine, for whoever looks at it.
+    pub(super) fn read(&mut self) -> Machine {
         let mut machine = self.parts.ports.observe();
         self.leases.show(&mut machine, &mut *self.parts.ports);
+        machine
+    }
+
+    /// Whether a person is having this swapfile removed: the kernel still shows it, and nobody can count on it.
+    pub(super) fn is_going(&self, name: SwapName) -> bool {
+        self.swapping.values().any(|swapping| swapping.going == Some(name))
+    }
+
+    /// The machine, for decisions.
+    pub(super) fn observe(&mut self) -> Arc<Machine> {
+        let mut machine = self.read();
+        // Shown as not in use, it would be removed a second time.
+        machine.swaps.retain(|area| !area.own().is_some_and(|name| self.is_going(name)));
         let machine = Arc::new(machine);
         self.machine = Arc::clone(&machine);
         *self.latest.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&machine);

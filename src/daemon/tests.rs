@@ -1,15 +1,19 @@
 //! The loop on a machine of the test's own.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
+use super::handle::Survey;
+use super::input::Command;
 use super::*;
 use crate::action::notify::Notifier;
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Footprint, Gpu, Machine, Measured, Unit, UnitState};
+use crate::ledger::{Footprint, Gpu, Machine, Measured, SwapArea, SwapName, SwapOwner, Unit, UnitState};
 use crate::policy::core::Effect;
 use crate::policy::decision::Kind;
 use crate::policy::{ActionId, Core, Level, Mode, Outcome, Refusal, Request, Rules, Rung, Saved};
@@ -41,6 +45,8 @@ struct Fake {
     machine: Arc<Mutex<Machine>>,
     log: Log,
     lock: Arc<Lock>,
+    /// The same for the engines alone.
+    engines: Arc<Lock>,
     killed: Arc<Mutex<Vec<(Instance, Bytes)>>>,
 }
 
@@ -54,6 +60,7 @@ impl Ports for Fake {
     }
 
     fn perform(&mut self, id: ActionId, effect: Effect, done: Outcomes) {
+        let asks = matches!(effect, Effect::AskActivity(_));
         let what = match effect {
             Effect::DropCache(_) => "drop".to_owned(),
             Effect::DropAllCache => "drop all".to_owned(),
@@ -63,15 +70,14 @@ impl Ports for Fake {
             Effect::Start(instance) => format!("start {instance}"),
             Effect::Limit(instance, _) => format!("limit {instance}"),
             Effect::AddSwap(_, bytes) => format!("add {bytes} of swap"),
-            // Whether anybody is asked is none of these stories' business.
-            Effect::AskActivity(_) => return done(id, Outcome::Done),
+            Effect::AskActivity(instances) => format!("ask {} engines", instances.len()),
             Effect::RemoveSwap(name) => format!("remove swap {name}"),
             Effect::Reclaim(instance, bytes) => format!("reclaim {bytes} of {instance}"),
             Effect::Kill(instance) => format!("kill {instance}"),
         };
         self.log.lock().unwrap().push(what);
-        if *self.lock.closed.lock().unwrap() {
-            let lock = Arc::clone(&self.lock);
+        let lock = Arc::clone(if asks { &self.engines } else { &self.lock });
+        if *lock.closed.lock().unwrap() {
             std::thread::spawn(move || {
                 lock.pass();
                 done(id, Outcome::Done);
@@ -158,6 +164,20 @@ fn asker(text: &str) -> Asker {
     Asker { instance: name(text), invocation: "i1".into(), explicit: true }
 }
 
+fn parts(fake: &Fake) -> Parts {
+    Parts {
+        ports: Box::new(fake.clone()),
+        catalog: Arc::new(fake.clone()),
+        core: Core::new(Rules::default(), Saved::default(), true),
+        mode: None,
+        store: Some(Arc::new(fake.clone())),
+        survey: None,
+        reloaded: None,
+        notifier: Notifier::from_environment(),
+        leases: Vec::new(),
+    }
+}
+
 /// Runs a test's body on a single thread, as the daemon runs.
 fn bench<F: Future<Output = ()>>(units: &[(&str, UnitState)], test: impl FnOnce(Bench) -> F) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -167,22 +187,11 @@ fn bench<F: Future<Output = ()>>(units: &[(&str, UnitState)], test: impl FnOnce(
     machine.memory.free = Bytes::gib(15);
     machine.units = units.iter().map(|(text, state)| (name(text), unit(*state))).collect();
     let (machine, lock) = (Arc::new(Mutex::new(machine)), Arc::default());
-    let fake = Fake { machine, log: Log::default(), lock, killed: Arc::default() };
+    let fake = Fake { machine, log: Log::default(), lock, engines: Arc::default(), killed: Arc::default() };
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {
         let (inputs, taken) = mpsc::unbounded_channel();
-        let parts = Parts {
-            ports: Box::new(fake.clone()),
-            catalog: Arc::new(fake.clone()),
-            core: Core::new(Rules::default(), Saved::default(), true),
-            mode: None,
-            store: Some(Arc::new(fake.clone())),
-            survey: None,
-            reloaded: None,
-            notifier: Notifier::from_environment(),
-            leases: Vec::new(),
-        };
-        let (daemon, handle, published) = Daemon::new(parts, inputs.clone());
+        let (daemon, handle, published) = Daemon::new(parts(&fake), inputs.clone());
         let run = tokio::task::spawn_local(daemon.run(taken));
         test(Bench { fake, handle, inputs, published, run }).await;
     });
@@ -227,6 +236,87 @@ fn nothing_that_blocks_holds_up_the_loop() {
         bench.fake.lock.set(false);
         blocked.await.unwrap().unwrap();
         assert!(bench.handle.status().await.unwrap().turns.longest_usec > 0);
+    });
+}
+
+#[test]
+fn whoever_asks_for_the_status_while_engines_are_asked_waits_for_the_same_answers() {
+    bench(&[("a", UnitState::Active)], |bench| async move {
+        let asked = || bench.fake.log.lock().unwrap().iter().filter(|what| *what == "ask 1 engines").count();
+        bench.fake.engines.set(true);
+        // By the decisions themselves, once it is in the ledger.
+        while asked() == 0 {
+            bench.inputs.send(Input::Changed).unwrap();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let call = |_| {
+            let (reply, answer) = oneshot::channel();
+            let status = Command::Status(bench.fake.models(), Vec::new(), reply);
+            bench.inputs.send(Input::Command(Box::new(status))).unwrap();
+            answer
+        };
+        let answers: Vec<_> = (0..100).map(call).collect();
+        // Behind all of them.
+        bench.handle.set_mode(Mode::Enforce).await.unwrap();
+        assert_eq!(asked(), 2);
+        bench.fake.engines.set(false);
+        for answer in answers {
+            assert!(answer.await.unwrap().models.iter().any(|model| model.state == "running"));
+        }
+        bench.handle.status().await.unwrap();
+        assert_eq!(asked(), 2, "what they said is still good");
+    });
+}
+
+#[test]
+fn nothing_counts_on_a_swapfile_that_is_being_removed() {
+    bench(&[], |bench| async move {
+        let name = SwapName { owner: SwapOwner::Plan, id: 7 };
+        let path = std::path::PathBuf::from("/s").join(name.file_name());
+        let size = Bytes::gib(1);
+        let area = SwapArea { path, size, used: Bytes::gib(40), priority: -2, active: true };
+        bench.fake.machine.lock().unwrap().swaps = vec![area.clone()];
+        bench.fake.lock.set(true);
+        let inputs = mpsc::unbounded_channel().0;
+        let (mut daemon, ..) = Daemon::new(parts(&bench.fake), inputs);
+        assert_eq!(daemon.observe().swaps, std::slice::from_ref(&area));
+        let (reply, mut answer) = oneshot::channel();
+        daemon.command(Command::Swap(Effect::RemoveSwap(name), reply));
+        assert!(answer.try_recv().is_err(), "it is under way");
+        assert!(daemon.observe().swaps.is_empty());
+        assert_eq!(daemon.read().swaps, [area], "people see it");
+        bench.fake.lock.set(false);
+    });
+}
+
+#[test]
+fn a_survey_that_hangs_is_waited_for_a_moment_and_never_started_twice() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (lock, begun): (Arc<Lock>, Arc<AtomicU32>) = Default::default();
+    let (disk, count) = (Arc::clone(&lock), Arc::clone(&begun));
+    let survey = Arc::new(Survey::new(move || {
+        count.fetch_add(1, Ordering::SeqCst);
+        disk.pass();
+    }));
+    runtime.block_on(async {
+        survey.look().await;
+        assert_eq!(begun.load(Ordering::SeqCst), 1);
+        lock.set(true);
+        let since = Instant::now();
+        tokio::join!(survey.look(), survey.look(), survey.look());
+        assert_eq!(begun.load(Ordering::SeqCst), 2);
+        assert!(since.elapsed() < Duration::from_secs(4), "{:?}", since.elapsed());
+        // Those who come while one is under way need another, one for all of them.
+        let waiting = [0; 3].map(|_| {
+            let survey = Arc::clone(&survey);
+            tokio::spawn(async move { survey.look().await })
+        });
+        tokio::task::yield_now().await;
+        lock.set(false);
+        for one in waiting {
+            one.await.unwrap();
+        }
+        assert_eq!(begun.load(Ordering::SeqCst), 3);
     });
 }
 
@@ -421,7 +511,8 @@ fn a_lease_outlives_a_restart_as_its_holder_does() {
         machine.memory.total = Bytes::gib(16);
         machine.memory.available = Bytes::gib(15);
         let (machine, lock) = (Arc::new(Mutex::new(machine)), Arc::default());
-        let fake = Fake { machine, log: Log::default(), lock, killed: Arc::default() };
+        let fake =
+            Fake { machine, log: Log::default(), lock, engines: Arc::default(), killed: Arc::default() };
         let footprint = Footprint { private: Bytes::gib(4), ..Footprint::default() };
         let mut holders = BTreeMap::new();
         for (id, text) in [(1, "lease:kept"), (3, "lease:closed"), (4, "lease:asked")] {

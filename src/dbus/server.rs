@@ -17,6 +17,7 @@ use crate::action::notify::Notifier;
 use crate::action::read_ahead::ReadAhead;
 use crate::action::systemd::{Systemd, SystemdError, UnitEvent};
 use crate::daemon::catalog::RealCatalog;
+use crate::daemon::handle::Survey;
 use crate::daemon::real::{
     Activities, Effects, Files, Gate, PageCache, RealPorts, SwapFiles, Units, call_off_removals, carry_out,
     follow, past_the_gate,
@@ -27,13 +28,14 @@ use crate::os::{lock_memory, stored_descriptors};
 use crate::policy::{Core, Rules};
 use crate::ports::Catalog;
 
-/// Threads for what blocks: headers of models, page cache, state files. Each kind has its own bound,
-/// and together they stay below this one, so that none keeps another from running.
-const BLOCKING_THREADS: usize = 24;
+/// Threads for what blocks: headers of models, page cache, engines that are asked, state files. Each kind has its own
+/// bound where it is begun, or is begun by decisions that wait for its end; together they stay below this one, so that
+/// none keeps another from running.
+const BLOCKING_THREADS: usize = 32;
 
 /// Runs a daemon to its end, on this thread.
 pub fn run(daemon: impl Future<Output = Result<(), String>>) -> ExitCode {
-    journal::start();
+    let journal = journal::start();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)
@@ -48,13 +50,15 @@ pub fn run(daemon: impl Future<Output = Result<(), String>>) -> ExitCode {
         }
         Err(error) => Err(format!("the runtime can't be started: {error}")),
     };
-    match ended {
+    let code = match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             tracing::error!("{why}");
             ExitCode::FAILURE
         }
-    }
+    };
+    journal.end();
+    code
 }
 
 /// Carries out one order about a swapfile, for `plimsoll-swap@.service`: what came of it is its status.
@@ -102,7 +106,7 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
 
     let cache = Arc::new(PageCache::default());
     let swap = Arc::new(SwapFiles::default());
-    let survey = survey(&catalog, &cache, &swap);
+    let survey = Arc::new(survey(&catalog, &cache, &swap));
     let configured = Arc::clone(&catalog);
     let activities = Activities::new(move |instance| configured.place(instance));
     let read_ahead = Arc::new(ReadAhead::new(root));
@@ -141,8 +145,8 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
 
     // Swapfiles that were left behind are seen, and removed, without anybody asking for a model.
     let changed = sender.clone();
-    tokio::task::spawn_blocking(move || {
-        survey();
+    tokio::spawn(async move {
+        survey.look_to_the_end().await;
         let _ = changed.send(Input::Changed);
     });
 
@@ -186,13 +190,9 @@ fn look_at_adopted(
 }
 
 /// Looks at what of the models' files is in the page cache, and at the swapfiles of the daemon's own.
-fn survey(
-    catalog: &Arc<RealCatalog>,
-    cache: &Arc<PageCache>,
-    swap: &Arc<SwapFiles>,
-) -> Arc<dyn Fn() + Send + Sync> {
+fn survey(catalog: &Arc<RealCatalog>, cache: &Arc<PageCache>, swap: &Arc<SwapFiles>) -> Survey {
     let (catalog, cache, swap) = (Arc::clone(catalog), Arc::clone(cache), Arc::clone(swap));
-    Arc::new(move || {
+    Survey::new(move || {
         cache.look(&catalog.model_files());
         swap.look(&catalog.swap());
     })

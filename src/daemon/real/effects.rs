@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
+use tokio::sync::Semaphore;
 
 use super::activity::Activities;
 use super::page_cache::PageCache;
@@ -17,6 +18,7 @@ use crate::action::systemd::{Systemd, SystemdError};
 use crate::action::{cgroup, kernel};
 use crate::bytes::Bytes;
 use crate::config::Instance;
+use crate::daemon::handle::Survey;
 use crate::host::{ControlGroup, Host};
 use crate::ledger::{FileId, UnitState};
 use crate::policy::Limits;
@@ -28,6 +30,10 @@ const STOP: Duration = Duration::from_secs(90);
 const SLACK: Duration = Duration::from_secs(15);
 /// How long reclaiming may go on; a step of it that is under way is not cut short.
 const RECLAIM: Duration = Duration::from_secs(10);
+/// Looks at engines at a time: each holds a thread for seconds.
+static LOOKS: Semaphore = Semaphore::const_new(3);
+/// The same for files whose cache is dropped: their disk may never answer, and the decisions go on without it.
+static DROPS: Semaphore = Semaphore::const_new(2);
 
 /// The means to do it.
 #[derive(Clone)]
@@ -46,8 +52,8 @@ pub struct Effects {
     pub read_ahead: Arc<ReadAhead>,
     /// Where limits are remembered.
     pub files: Arc<Files>,
-    /// Looks at the page cache again. Blocks.
-    pub survey: Arc<dyn Fn() + Send + Sync>,
+    /// Looks at the page cache and the swapfiles again.
+    pub survey: Arc<Survey>,
 }
 
 impl Effects {
@@ -90,6 +96,8 @@ impl Effects {
 
     async fn drop_cache(&self, files: Vec<FileId>) -> Result<(), String> {
         let cache = Arc::clone(&self.cache);
+        // Neither this one nor the other is ever closed.
+        let _turn = DROPS.acquire().await;
         let freed = tokio::task::spawn_blocking(move || cache.drop_files(&files)).await;
         let freed = freed.map_err(|error| format!("the page cache could not be dropped: {error}"))?;
         tracing::info!("{freed} of cold page cache dropped");
@@ -98,6 +106,7 @@ impl Effects {
 
     /// Asks the engines; one that does not answer has nothing to say.
     async fn ask_activity(&self, instances: &BTreeSet<Instance>) {
+        let _turn = LOOKS.acquire().await;
         let invocation = |i: &Instance| Some((i.clone(), self.units.get(i)?.invocation));
         let of: Vec<(Instance, String)> = instances.iter().filter_map(invocation).collect();
         let activities = Arc::clone(&self.activities);
@@ -122,9 +131,8 @@ impl Effects {
             Err(_) if gone => Ok(()),
             Err(error) => Err(format!("{instance} could not be stopped: {error}")),
         };
-        let survey = Arc::clone(&self.survey);
         // Its weights may have stayed behind as page cache.
-        let _ = tokio::task::spawn_blocking(move || survey()).await;
+        self.survey.look().await;
         outcome
     }
 
@@ -198,9 +206,8 @@ impl Effects {
                 Err(if said.is_empty() { error.to_string() } else { said })
             }
         };
-        let survey = Arc::clone(&self.survey);
         // The loop plans with what it sees.
-        let _ = tokio::task::spawn_blocking(move || survey()).await;
+        self.survey.look().await;
         outcome
     }
 

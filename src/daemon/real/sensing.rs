@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::task::JoinHandle;
 
@@ -36,6 +37,8 @@ const SOON: u64 = 60;
 const STALE: Duration = Duration::from_secs(10);
 /// Between two looks at who grows.
 const GROWTH: Duration = Duration::from_millis(200);
+/// The stack of a thread that only closes a file.
+const STACK: usize = 64 * 1024;
 /// Models, and nothing outside of it.
 const MODELS: &str = "/llm.slice";
 
@@ -147,6 +150,18 @@ impl Drop for Listening {
     }
 }
 
+/// A file that is listened to. A task that is aborted drops it on the loop's thread, and with the end of a trigger the
+/// kernel waits for others for tens of milliseconds; so a thread of its own closes it.
+struct Heard(Option<AsyncFd<File>>);
+
+impl Drop for Heard {
+    fn drop(&mut self) {
+        let file = self.0.take();
+        // Where there can be no thread it is closed here.
+        let _ = std::thread::Builder::new().stack_size(STACK).spawn(move || drop(file));
+    }
+}
+
 impl Sensing {
     /// Begins to listen; what can't be is said in the journal, once. Inside of a runtime.
     #[must_use]
@@ -244,9 +259,10 @@ enum Kind {
 
 /// Wakes the loop whenever the kernel reports on the file, until it is gone.
 fn listen(file: File, kind: Kind, inputs: &UnboundedSender<Input>) -> Option<JoinHandle<()>> {
-    let file = wait_for_priority(file).ok()?;
+    let heard = Heard(Some(wait_for_priority(file).ok()?));
     let inputs = inputs.clone();
     Some(tokio::spawn(async move {
+        let Some(file) = &heard.0 else { return };
         while let Ok(mut guard) = file.ready(Interest::PRIORITY).await {
             let gone = match kind {
                 Kind::Pressure => guard.ready().is_error(),
