@@ -159,3 +159,37 @@ fn what_is_not_configured_is_78() {
     let output = machine.command(&["status", "--bus", "unix:path=/nowhere/else"]).output().unwrap();
     assert_eq!(output.status.code(), Some(69), "the option wins over the environment");
 }
+
+#[test]
+fn all_swapfiles_go_but_those_that_a_model_needs() {
+    let scenario = r#"
+about = "a model that runs with 50 GiB of it in swap"
+
+[machine]
+memory = "104GiB"
+system = "4GiB"
+reserve = "0B"
+swap-room = "200GiB"
+
+[models.monster]
+placement = "anonymous"
+weights = "150GiB"
+swap = "120GiB"
+context = 4096
+load-seconds = 1
+"#;
+    let Some(machine) = Simulated::start(scenario) else { return };
+    machine.ok(&["load", "monster"]);
+    machine.ok(&["swap", "add", "1GiB"]);
+    let owners = || -> Vec<String> {
+        let areas = machine.json(&["swap"])["areas"].as_array().unwrap().clone();
+        areas.iter().map(|area| area["owner"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(owners(), ["plan", "person"]);
+    // The one that is needed comes first, and keeps nothing else.
+    let removed = machine.command(&["swap", "remove", "--all"]).output().unwrap();
+    let said = String::from_utf8(removed.stderr).unwrap();
+    assert!(removed.status.success(), "{said}");
+    assert!(said.starts_with("note: monster needs the swapfile "), "{said}");
+    assert_eq!(owners(), ["plan"]);
+}

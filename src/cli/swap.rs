@@ -9,8 +9,8 @@ use super::args::{Common, Swap as Args, SwapCommand};
 use super::failure::{Exit, Failure};
 use super::output::{self, Align, Painter, Style, Table, gib};
 use crate::bytes::Bytes;
-use crate::dbus::CallError;
 use crate::dbus::report::{Swap, SwapArea};
+use crate::dbus::{CallError, Client, Kind};
 
 pub(super) fn swap(common: &Common, args: &Args) -> Result<(), Failure> {
     match &args.command {
@@ -39,27 +39,62 @@ fn add(common: &Common, size: Bytes) -> Result<(), Failure> {
 }
 
 fn remove(common: &Common, names: &[String], all: bool) -> Result<(), Failure> {
-    let names = if all {
-        let swap = read(fetch(common)?)?;
-        swap.areas.into_iter().map(|area| area.name).filter(|name| !name.is_empty()).collect()
-    } else {
-        names.to_vec()
-    };
     let _agent = Agent::start(common);
     super::block_on(async {
         let client = super::connect(common).await?;
-        for name in &names {
+        if all {
+            return remove_all(&client).await;
+        }
+        for name in names {
             client.remove_swap(name).await?;
         }
         Ok(())
     })
 }
 
+/// Removes all that no model needs. One that can't be removed does not keep the others; the last failure is returned,
+/// and those before it are said.
+async fn remove_all(client: &Client) -> Result<(), Failure> {
+    let mut failures: Vec<Failure> = Vec::new();
+    for name in own(client).await? {
+        let Err(error) = client.remove_swap(&name).await else { continue };
+        match &error {
+            CallError::Answered(answer) if answer.kind == Kind::Busy => {
+                output::eprint(&format!("note: {answer}"));
+            }
+            CallError::Answered(answer) if answer.kind != Kind::NotAuthorized => {
+                // The daemon removes by itself what nobody needs any more.
+                let gone = own(client).await.is_ok_and(|left| !left.contains(&name));
+                if !gone {
+                    failures.push(error.into());
+                }
+            }
+            // The others would end in the same way.
+            _ => {
+                failures.push(error.into());
+                break;
+            }
+        }
+    }
+    let Some(last) = failures.pop() else { return Ok(()) };
+    for failure in failures {
+        output::eprint(&format!("plimsoll: {}", failure.message));
+    }
+    Err(last)
+}
+
+/// The names of the daemon's own swapfiles.
+async fn own(client: &Client) -> Result<Vec<String>, Failure> {
+    let swap = read(ask(client).await?)?;
+    Ok(swap.areas.into_iter().map(|area| area.name).filter(|name| !name.is_empty()).collect())
+}
+
 fn fetch(common: &Common) -> Result<Value, Failure> {
-    let text = super::block_on(async {
-        let client = super::connect(common).await?;
-        super::answer(client.manager().status()).await
-    })?;
+    super::block_on(async { ask(&super::connect(common).await?).await })
+}
+
+async fn ask(client: &Client) -> Result<Value, Failure> {
+    let text = super::answer(client.manager().status()).await?;
     let status: Value = serde_json::from_str(&text).map_err(unreadable)?;
     Ok(status.get("swap").cloned().unwrap_or_default())
 }

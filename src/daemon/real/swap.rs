@@ -14,8 +14,11 @@ use crate::action::swapfile::{Directory, SwapfileError, found, layout, most, roo
 use crate::action::systemd::Systemd;
 use crate::bytes::Bytes;
 use crate::config;
-use crate::host::Host;
+use crate::host::{ControlGroup, Host};
 use crate::ledger::{SwapArea, SwapName, SwapOwner, UnitState};
+
+/// The control group of all models.
+const SLICE: &str = "/llm.slice";
 
 /// What a swap unit is to do; as text it is the unit's instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,16 +80,22 @@ impl FromStr for Order {
     }
 }
 
+/// Why none is made without a configuration.
+const UNKNOWN_PLACE: &str = "no swapfile is made, for plimsoll.toml has an error, and so does not say where one may be: \
+                             run 'plimsoll validate'";
+
 /// Carries out an order: what `plimsolld --swap ORDER` does. As root, outside of any mount namespace.
 ///
 /// # Errors
 /// Why not, in one sentence; nothing is left half done.
 pub fn carry_out(root: &Path, order: &str) -> Result<String, String> {
     let order: Order = order.parse()?;
-    let swap = config::load(root).settings.unwrap_or_default().swap;
+    let swap = config::load(root).settings.map(|settings| settings.swap);
     let text = |error: SwapfileError| error.to_string();
     match order {
         Order::Add(owner, bytes, _) => {
+            // The defaults may be another disk than was meant, and more than was allowed.
+            let swap = swap.ok_or(UNKNOWN_PLACE)?;
             let rooms = rooms(&swap.directories, swap.max_size, swap.free_space);
             let mut made: Vec<(PathBuf, SwapName)> = Vec::new();
             for (path, size) in layout(bytes, &rooms).map_err(text)? {
@@ -105,7 +114,8 @@ pub fn carry_out(root: &Path, order: &str) -> Result<String, String> {
             Ok(format!("{bytes} of swap made: {}", names.join(", ")))
         }
         Order::Remove(name) | Order::Clean(name) => {
-            let path = places(root, &swap).into_iter().find(|path| path.join(name.file_name()).exists());
+            let places = places(root, &swap.unwrap_or_default());
+            let path = places.into_iter().find(|path| path.join(name.file_name()).exists());
             let directory =
                 Directory::open(&path.ok_or(SwapfileError::Missing(name)).map_err(text)?).map_err(text)?;
             let clean = matches!(order, Order::Clean(_));
@@ -113,9 +123,13 @@ pub fn carry_out(root: &Path, order: &str) -> Result<String, String> {
             Ok(format!("swapfile {name} removed"))
         }
         Order::RemoveAll => {
-            let mut failed = Vec::new();
-            for path in places(root, &swap) {
+            let (host, mut failed) = (Host::at(root), Vec::new());
+            for path in places(root, &swap.unwrap_or_default()) {
                 for file in found(&path) {
+                    if let Some(unit) = needed_by(&host, file.name) {
+                        failed.push(stays(&file.path, &unit));
+                        continue;
+                    }
                     let removed = Directory::open(&path).and_then(|directory| directory.remove(&file.name));
                     failed.extend(removed.err().map(|error| error.to_string()));
                 }
@@ -141,9 +155,53 @@ pub async fn call_off_removals(systemd: &Systemd) {
     }
 }
 
-/// Where swapfiles of the daemon's own may be: where they are to be now, and where some are in use.
+/// The unit of a model with memory in swap, where the swapfile is in use and was made for models. What is read back is
+/// charged to the model's control group, for whose limit it may be too much: then the kernel kills the model.
+fn needed_by(host: &Host, name: SwapName) -> Option<String> {
+    let active = host.swaps().map_or(true, |areas| areas.iter().any(|area| area.own() == Some(name)));
+    if name.owner != SwapOwner::Plan || !active {
+        return None;
+    }
+    let slice: ControlGroup = SLICE.parse().ok()?;
+    let entries = std::fs::read_dir(host.group_directory(&slice)).into_iter().flatten().flatten();
+    let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    let mut units = directories.filter_map(|entry| entry.file_name().into_string().ok());
+    units.find(|unit| {
+        let Ok(group) = format!("{slice}/{unit}").parse::<ControlGroup>() else { return false };
+        // The kernel's count for a group holds that of all groups below it.
+        match host.measured(&group, &[]) {
+            Ok(measured) => !measured.swapped.is_zero(),
+            // One that is there and can't be read may hold anything.
+            Err(error) => !error.is_gone(),
+        }
+    })
+}
+
+/// That a swapfile is left in use, and what to do about it.
+fn stays(path: &Path, unit: &str) -> String {
+    let path = path.display();
+    format!(
+        "{path} stays in use: {unit} has memory in swap, and might be killed if that were read back; once the unit \
+         has stopped, run 'swapoff {path}' and remove the file"
+    )
+}
+
+/// Where swapfiles of the daemon's own are looked for: where they are to be, and in the default directory, where an
+/// earlier configuration may have left some.
+fn searched(swap: &config::Swap) -> Vec<PathBuf> {
+    let default = config::Swap::default();
+    let mut places: Vec<PathBuf> = Vec::new();
+    for path in swap.directories.iter().chain(&default.directories) {
+        if !places.contains(path) {
+            places.push(path.clone());
+        }
+    }
+    places
+}
+
+/// Where swapfiles of the daemon's own may be: where they are looked for, and where some are in use.
 fn places(root: &Path, swap: &config::Swap) -> Vec<PathBuf> {
-    let mut places = swap.directories.clone();
+    let mut places = searched(swap);
     let in_use = Host::at(root).swaps().unwrap_or_default();
     for path in in_use.iter().filter(|area| area.own().is_some()).filter_map(|area| area.path.parent()) {
         if !places.iter().any(|place| place == path) {
@@ -162,7 +220,7 @@ pub struct SwapFiles {
 impl SwapFiles {
     /// Looks at the directories. Blocks; for a thread that may.
     pub fn look(&self, swap: &config::Swap) {
-        let files = swap.directories.iter().flat_map(|directory| found(directory));
+        let files = searched(swap).into_iter().flat_map(|directory| found(&directory));
         let areas = files.map(|file| SwapArea {
             path: file.path,
             size: file.size,
@@ -206,6 +264,60 @@ mod tests {
         {
             assert!(text.parse::<Order>().is_err(), "{text}");
         }
+    }
+
+    /// A directory to stand for the root, with these files in it.
+    fn root(name: &str, files: &[(&str, &str)]) -> PathBuf {
+        let root = std::env::temp_dir().join(format!("plimsoll-swap-{name}-{}", std::process::id()));
+        for (path, text) in files {
+            let path = root.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn none_is_made_while_the_configuration_has_an_error() {
+        let root = root("error", &[("etc/plimsoll/plimsoll.toml", "[swap]\nmax-size = 0\ntypo = 1\n")]);
+        let why = carry_out(&root, "add-plan-1073741824-1").unwrap_err();
+        assert!(why.contains("plimsoll.toml") && why.contains("plimsoll validate"), "{why}");
+        std::fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn the_default_directory_is_always_looked_at() {
+        let default = PathBuf::from("/var/lib/plimsoll/swap");
+        let of = |directories: &[&str]| {
+            let directories = directories.iter().map(PathBuf::from).collect();
+            searched(&config::Swap { directories, ..config::Swap::default() })
+        };
+        assert_eq!(of(&["/srv/swap"]), [PathBuf::from("/srv/swap"), default.clone()]);
+        assert_eq!(of(&["/var/lib/plimsoll/swap/", "/var/lib/plimsoll/swap"]), [default]);
+    }
+
+    #[test]
+    fn what_a_model_has_swapped_out_keeps_the_file_of_a_plan() {
+        let name = |owner, id| SwapName { owner, id };
+        let (plan, hand) = (name(SwapOwner::Plan, 1), name(SwapOwner::Person, 2));
+        let line = |name: SwapName| format!("/s/{} file 1024 512 -2\n", name.file_name());
+        let swaps = format!("Filename Type Size Used Priority\n{}{}", line(plan), line(hand));
+        let unit = "sys/fs/cgroup/llm.slice/llm@big.service";
+        let (stat, swapped) = (format!("{unit}/memory.stat"), format!("{unit}/memory.swap.current"));
+        let files = [
+            ("proc/swaps", swaps.as_str()),
+            ("sys/fs/cgroup/llm.slice/memory.swap.current", "4096\n"),
+            (stat.as_str(), "anon 4096\nfile 0\n"),
+            (swapped.as_str(), "4096\n"),
+        ];
+        let root = root("needed", &files);
+        let host = Host::at(&root);
+        assert_eq!(needed_by(&host, plan).as_deref(), Some("llm@big.service"));
+        assert_eq!(needed_by(&host, hand), None);
+        assert_eq!(needed_by(&host, name(SwapOwner::Plan, 3)), None, "not in use");
+        std::fs::write(root.join(&swapped), "0\n").unwrap();
+        assert_eq!(needed_by(&host, plan), None);
+        std::fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
