@@ -249,10 +249,6 @@ fn relevant(all: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String,
 /// That the instance's address can be listened on. Bound and let go at once, never listened on, so
 /// that no client takes this for the engine.
 fn check_port(instance: &Instance, model: &Model) -> Result<(), Failure> {
-    // llama-server takes a host that ends so for the path of a socket.
-    if model.host.ends_with(".sock") {
-        return Ok(());
-    }
     let config = |text: String| Failure::config(format!("{instance} can't start: {text}"));
     let port = instance
         .port(model.port)

@@ -213,7 +213,7 @@ mod tests {
 
     #[test]
     fn a_process_that_ended_at_the_gate_has_spoken_for_itself() {
-        let endpoint = Endpoint { server: Server::at("/nowhere.sock", 1).unwrap(), path: None };
+        let endpoint = Endpoint { server: Server::at("127.0.0.1", 1).unwrap(), path: None };
         let root = tempdir("gone");
         crate::cli::process::tests::write_process(&root, 7, "S", &["/usr/bin/plimsoll", "run", "x"]);
         let process = Process::find(&root, 7).unwrap();
@@ -225,13 +225,13 @@ mod tests {
 
     #[test]
     fn what_does_not_move_fails_and_says_so() {
-        let endpoint = Endpoint { server: Server::at("/nowhere.sock", 1).unwrap(), path: None };
+        let endpoint = Endpoint { server: Server::at("127.0.0.1", 1).unwrap(), path: None };
         let root = tempdir("stalled");
         crate::cli::process::tests::write_process(&root, 7, "S", &["/usr/bin/llama-server"]);
         let process = Process::find(&root, 7).unwrap();
         let failure =
             wait(&process, &endpoint, Duration::ZERO, &Notifier::from_environment(), || ()).unwrap_err();
-        assert_eq!(failure.message, "nothing has moved for 0 s, and /nowhere.sock does not answer");
+        assert_eq!(failure.message, "nothing has moved for 0 s, and 127.0.0.1:1 does not answer");
         std::fs::remove_dir_all(root).unwrap();
     }
 

@@ -238,6 +238,13 @@ pub(super) fn argument(item: &Item) -> Read<String> {
 /// An address or host name to listen on.
 pub(super) fn host(item: &Item) -> Read<String> {
     let host = text(item)?;
+    let wrong =
+        |text: String| Err(Wrong::new(text).hint("for example \"127.0.0.1\", \"::1\" or \"0.0.0.0\""));
+    // llama-server makes a socket of that name in its working directory.
+    if host.ends_with(".sock") {
+        let why = "llama-server takes it for a Unix socket, where the daemon can't reach it";
+        return wrong(format!("must not end in '.sock' as {} does: {why}", quoted(&host)));
+    }
     let label = |label: &str| {
         !label.is_empty()
             && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
@@ -246,7 +253,6 @@ pub(super) fn host(item: &Item) -> Read<String> {
     if host.parse::<IpAddr>().is_ok() || (host.len() <= 253 && host.split('.').all(label)) {
         Ok(host)
     } else {
-        Err(Wrong::new(format!("must be an address or a host name, not {}", quoted(&host)))
-            .hint("for example \"127.0.0.1\", \"::1\" or \"0.0.0.0\""))
+        wrong(format!("must be an address or a host name, not {}", quoted(&host)))
     }
 }

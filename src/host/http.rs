@@ -5,7 +5,6 @@ use std::fs::OpenOptions;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -21,13 +20,7 @@ const LONGEST_HEAD: usize = 16 * 1024;
 pub struct Server {
     /// For people, and for the Host header.
     name: String,
-    target: Target,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Target {
-    Tcp(SocketAddr),
-    Unix(String),
+    address: SocketAddr,
 }
 
 /// What was answered.
@@ -84,14 +77,9 @@ impl ApiKey {
 }
 
 impl Server {
-    /// The one that listens at `host`, an address or the path of a socket. None for a name: looking it up may
-    /// lead anywhere.
+    /// The one that listens at `host`, an address. None for a name: looking it up may lead anywhere.
     #[must_use]
     pub fn at(host: &str, port: u16) -> Option<Self> {
-        // llama-server takes a host that ends so for the path of a socket.
-        if host.ends_with(".sock") {
-            return Some(Self { name: "localhost".to_owned(), target: Target::Unix(host.to_owned()) });
-        }
         let ip = match host {
             "localhost" => Ipv4Addr::LOCALHOST.into(),
             other => other.parse::<IpAddr>().ok()?,
@@ -109,25 +97,19 @@ impl Server {
             IpAddr::V6(ip) if ip.is_unspecified() => address.set_ip(Ipv6Addr::LOCALHOST.into()),
             _ => {}
         }
-        Self { name, target: Target::Tcp(address) }
+        Self { name, address }
     }
 
     /// Where it listens, for people.
     #[must_use]
     pub fn name(&self) -> &str {
-        match &self.target {
-            Target::Tcp(_) => &self.name,
-            Target::Unix(path) => path,
-        }
+        &self.name
     }
 
     /// Whether it accepts a connection.
     #[must_use]
     pub fn accepts(&self, limit: Duration) -> bool {
-        match &self.target {
-            Target::Tcp(address) => TcpStream::connect_timeout(address, limit).is_ok(),
-            Target::Unix(path) => UnixStream::connect(path).is_ok(),
-        }
+        TcpStream::connect_timeout(&self.address, limit).is_ok()
     }
 
     /// The page at `path`, of which at most `longest` bytes are read. Returns within `limit`, but for a moment.
@@ -148,32 +130,14 @@ impl Server {
             self.name
         );
         let unreachable = |_| HttpError::Unreachable;
-        let reply = match &self.target {
-            Target::Tcp(address) => {
-                let stream = TcpStream::connect_timeout(address, limit).map_err(unreachable)?;
-                stream.set_write_timeout(Some(limit)).map_err(unreachable)?;
-                let wait = |stream: &TcpStream, time| stream.set_read_timeout(Some(time));
-                talk(stream, &request, longest, deadline, wait)
-            }
-            Target::Unix(path) => {
-                let stream = UnixStream::connect(path).map_err(unreachable)?;
-                stream.set_write_timeout(Some(limit)).map_err(unreachable)?;
-                let wait = |stream: &UnixStream, time| stream.set_read_timeout(Some(time));
-                talk(stream, &request, longest, deadline, wait)
-            }
-        };
-        read_page(&reply, longest)
+        let stream = TcpStream::connect_timeout(&self.address, limit).map_err(unreachable)?;
+        stream.set_write_timeout(Some(limit)).map_err(unreachable)?;
+        read_page(&talk(stream, &request, longest, deadline), longest)
     }
 }
 
 /// Asks, and reads what comes until it is whole, too long or too late.
-fn talk<S: Read + Write>(
-    mut stream: S,
-    request: &str,
-    longest: usize,
-    deadline: Instant,
-    wait: impl Fn(&S, Duration) -> std::io::Result<()>,
-) -> Vec<u8> {
+fn talk(mut stream: TcpStream, request: &str, longest: usize, deadline: Instant) -> Vec<u8> {
     let mut reply = Vec::new();
     if stream.write_all(request.as_bytes()).is_err() {
         return reply;
@@ -181,7 +145,7 @@ fn talk<S: Read + Write>(
     let mut part = [0; 8192];
     while reply.len() < LONGEST_HEAD + longest && !is_whole(&reply) {
         let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() || wait(&stream, left).is_err() {
+        if left.is_zero() || stream.set_read_timeout(Some(left)).is_err() {
             break;
         }
         match stream.read(&mut part) {
@@ -332,10 +296,7 @@ mod tests {
 
     #[test]
     fn only_addresses_are_taken_and_everywhere_is_asked_on_the_loopback() {
-        let of = |host: &str| match Server::at(host, 80).map(|server| server.target) {
-            Some(Target::Tcp(address)) => address.to_string(),
-            other => format!("{other:?}"),
-        };
+        let of = |host| Server::at(host, 80).map_or("None".to_owned(), |server| server.address.to_string());
         assert_eq!(of("0.0.0.0"), "127.0.0.1:80");
         assert_eq!(of("::"), "[::1]:80");
         assert_eq!(of("192.0.2.1"), "192.0.2.1:80");

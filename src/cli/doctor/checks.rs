@@ -314,8 +314,10 @@ fn killer(process: &Process) -> Finding {
             "add '@BADNESS_ADJ_RE_NAME -500 /// ^(llama-server|plimsolld)$' to /etc/nohang/nohang.conf, and run \
              'systemctl restart nohang' as root",
         ),
+        // oomd heeds what systemd marks a control group with for systemd-oomd (user.oomd_avoid), and what is marked is not
+        // inherited: the units have it, and the slice they compete in needs it as well. systemd does it at each start.
         other => Finding::note("others", format!("{other} runs, and may choose a model")).with_fix(
-            "have it spare llm.slice: 'setfattr -n trusted.oomd_avoid -v 1 /sys/fs/cgroup/llm.slice' as root",
+            "have it look for others first: run 'systemctl set-property llm.slice ManagedOOMPreference=avoid' as root",
         ),
     }
 }

@@ -149,8 +149,10 @@ fn configure(lab: &Lab) -> Result<()> {
     }
     // Ours acts below half of its reserve: at the same line as earlyoom.
     let reserve = total(lab)?.mul_div(1, LINE) * 2;
-    lab.guest
-        .write("/etc/plimsoll/plimsoll.toml.d/line.toml", &format!("reserve = \"{}MiB\"\n", reserve.0 >> 20))?;
+    lab.guest.write(
+        "/etc/plimsoll/plimsoll.toml.d/line.toml",
+        &format!("reserve = \"{}MiB\"\n", reserve.0 >> 20),
+    )?;
     // systemd-oomd does nothing without being told what for: what its own documentation recommends.
     for slice in ["-.slice", "system.slice", "llm.slice"] {
         let keys = match slice {
