@@ -153,7 +153,7 @@ fn swap_is_no_help_beyond_what_may_be_swapped_or_what_the_disk_holds() {
     let mut s = with_disk("monster = { weights = '305GiB', placement = 'anonymous', swap = '260GiB' }");
     s.start("monster").run(60);
     assert_eq!((s.running().len(), s.world.observe().swaps.len()), (0, 0));
-    let why = "a swapfile of 205.0 GiB would be needed, and there is room for 200.0 GiB on disk";
+    let why = "a swapfile of 205.0 GiB would be needed, and swapfiles may take 200.0 GiB more (see [swap] in plimsoll.toml)";
     assert_eq!(refusal(&s).no_swap.as_deref(), Some(why));
     // 180 would do, and their margin is what the disk has.
     let mut s = with_disk("monster = { weights = '280GiB', placement = 'anonymous', swap = '260GiB' }");
@@ -195,7 +195,7 @@ fn who_is_owed_a_return_tries_again_while_the_disk_has_no_room_for_its_swapfile(
     s.world.disk(Bytes::gib(100));
     s.stop("other").run(1000);
     assert_eq!(s.running(), Vec::<String>::new());
-    let why = "a swapfile of 120.0 GiB would be needed, and there is room for 100.0 GiB on disk";
+    let why = "a swapfile of 120.0 GiB would be needed, and swapfiles may take 100.0 GiB more (see [swap] in plimsoll.toml)";
     assert_eq!(refusal(&s).no_swap.as_deref(), Some(why));
     s.world.disk(Bytes::gib(140));
     s.run(2000);

@@ -19,6 +19,7 @@ mod rules;
 mod run;
 pub mod signals;
 mod state;
+pub mod survey;
 #[cfg(test)]
 mod tests;
 mod turns;

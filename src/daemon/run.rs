@@ -8,11 +8,12 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant as Time, sleep_until};
 
-use super::handle::{Handle, LoadOptions, Survey};
+use super::handle::{Handle, LoadOptions};
 use super::input::{Input, Looking, Publication, Swapping, Waiting};
 use super::jobs::Jobs;
 use super::leases::{KeptLease, Leases};
 use super::state::{Durable, Store};
+use super::survey::Survey;
 use super::turns::Turns;
 use super::{journal, view};
 use crate::action::notify::{Notifier, watchdog_interval};

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::handle::Survey;
 use super::input::Command;
+use super::survey::Survey;
 use super::*;
 use crate::action::notify::Notifier;
 use crate::bytes::Bytes;

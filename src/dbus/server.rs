@@ -17,11 +17,11 @@ use crate::action::notify::Notifier;
 use crate::action::read_ahead::ReadAhead;
 use crate::action::systemd::{Systemd, SystemdError, UnitEvent};
 use crate::daemon::catalog::RealCatalog;
-use crate::daemon::handle::Survey;
 use crate::daemon::real::{
     Activities, Effects, Files, Gate, PageCache, RealPorts, SwapFiles, Units, call_off_removals, carry_out,
     follow, past_the_gate,
 };
+use crate::daemon::survey::Survey;
 use crate::daemon::{Daemon, Input, Parts, journal, leases, signals};
 use crate::host::Host;
 use crate::os::{lock_memory, stored_descriptors};

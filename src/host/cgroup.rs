@@ -216,7 +216,7 @@ impl Host {
     }
 
     /// The groups directly below one, by its path; empty for the root.
-    fn groups_in(&self, path: &str) -> Vec<ControlGroup> {
+    pub(crate) fn groups_in(&self, path: &str) -> Vec<ControlGroup> {
         let entries = std::fs::read_dir(self.path(&format!("{MOUNT}{path}"))).into_iter().flatten().flatten();
         let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
         let names = directories.filter_map(|entry| entry.file_name().into_string().ok());

@@ -152,8 +152,12 @@ fn no_swap(scene: &Scene<'_>, pool: Pool, short: Bytes, gone: &[usize]) -> Optio
     if let Some(most) = scene.request.swap {
         let swapped = scene.swapped_for(short);
         let (missing, room) = (scene.swapped_beyond(swapped, gone), scene.situation.machine.swap_room);
-        let full =
-            || format!("a swapfile of {missing} would be needed, and there is room for {room} on disk");
+        let full = || {
+            format!(
+                "a swapfile of {missing} would be needed, and swapfiles may take {room} more (see [swap] in \
+                 plimsoll.toml)"
+            )
+        };
         let has_room = scene.swapfile(swapped, gone).is_some();
         return if most < swapped { Some(only(most)) } else { (!has_room).then(full) };
     }

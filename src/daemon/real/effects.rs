@@ -18,7 +18,7 @@ use crate::action::systemd::{Systemd, SystemdError};
 use crate::action::{cgroup, kernel};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::daemon::handle::Survey;
+use crate::daemon::survey::Survey;
 use crate::host::{ControlGroup, Host};
 use crate::ledger::{FileId, UnitState};
 use crate::policy::Limits;

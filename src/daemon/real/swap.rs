@@ -162,19 +162,14 @@ fn needed_by(host: &Host, name: SwapName) -> Option<String> {
     if name.owner != SwapOwner::Plan || !active {
         return None;
     }
-    let slice: ControlGroup = SLICE.parse().ok()?;
-    let entries = std::fs::read_dir(host.group_directory(&slice)).into_iter().flatten().flatten();
-    let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    let mut units = directories.filter_map(|entry| entry.file_name().into_string().ok());
-    units.find(|unit| {
-        let Ok(group) = format!("{slice}/{unit}").parse::<ControlGroup>() else { return false };
-        // The kernel's count for a group holds that of all groups below it.
-        match host.measured(&group, &[]) {
-            Ok(measured) => !measured.swapped.is_zero(),
-            // One that is there and can't be read may hold anything.
-            Err(error) => !error.is_gone(),
-        }
-    })
+    // The kernel's count for a group holds that of all groups below it.
+    let swaps = |group: &ControlGroup| match host.measured(group, &[]) {
+        Ok(measured) => !measured.swapped.is_zero(),
+        // One that is there and can't be read may hold anything.
+        Err(error) => !error.is_gone(),
+    };
+    let group = host.groups_in(SLICE).into_iter().find(swaps)?;
+    Some(group.to_string().rsplit('/').next().unwrap_or_default().to_owned())
 }
 
 /// That a swapfile is left in use, and what to do about it.

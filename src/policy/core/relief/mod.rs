@@ -23,6 +23,8 @@ const PATIENCE: u64 = 20_000;
 const OTHERS: u64 = 5000;
 /// How long the memory of what has ended may take to come back; milliseconds. In danger it is a quarter of that.
 const SETTLE: u64 = 2000;
+/// How often it is looked at meanwhile; milliseconds.
+const SETTLE_STEP: u64 = 50;
 /// A model whose engine does not say is idle when it has used no CPU time for so long; milliseconds.
 const IDLE: u64 = 10_000;
 /// What was just loaded stays for so long after it is ready, unless the machine is in danger; milliseconds.
@@ -127,19 +129,25 @@ impl Core {
         }
         let shortage = self.read(machine, now);
         self.follow(machine, &shortage, now, out);
-        if !self.rules.ladder {
+        if self.rules.ladder {
+            self.act(machine, &shortage, now, out);
+        } else {
             (self.afloat.level, self.afloat.gpu_level) = (Level::Calm, Level::Calm);
-            self.settles(now);
-            return;
         }
+        if self.afloat.under_way.is_some() {
+            self.wake_at(now + SETTLE_STEP);
+        }
+    }
+
+    fn act(&mut self, machine: &Machine, shortage: &Shortage, now: u64, out: &mut Vec<Action>) {
         if shortage.level < Level::Act {
             self.afloat.draining = None;
         }
-        self.hasten(machine, &shortage, now, out);
+        self.hasten(machine, shortage, now, out);
         if self.afloat.under_way.is_none() && !machine.stopping {
-            self.next_rescue(machine, &shortage, now, out);
+            self.next_rescue(machine, shortage, now, out);
         }
-        self.look_again(machine, &shortage, now);
+        self.look_again(machine, shortage, now);
     }
 
     fn read(&mut self, machine: &Machine, now: u64) -> Shortage {
@@ -407,7 +415,6 @@ impl Core {
         if self.owed.iter().any(|owed| owed.for_instance.is_none()) {
             self.wake_at(now + LOOK_FOR_ROOM);
         }
-        self.settles(now);
         if self.holders.is_empty() {
             return;
         }
@@ -420,13 +427,6 @@ impl Core {
             if self.afloat.gpu_level > Level::Calm { Some(time.unwrap_or(1000).min(1000)) } else { time };
         if let Some(time) = time {
             self.wake_at(now + time);
-        }
-    }
-
-    /// Looks again soon where the memory of somebody is to come back.
-    fn settles(&mut self, now: u64) {
-        if self.afloat.under_way.is_some() {
-            self.wake_at(now + 50);
         }
     }
 }
