@@ -102,14 +102,29 @@ fn with_and_without_swap_the_same_ones_go_in_the_same_order() {
 fn one_is_enough_where_one_is_enough() {
     let mut s = machine(
         "",
-        "a = { weights = '3GiB', placement = 'anonymous', priority = 10 }
-         b = { weights = '3GiB', placement = 'anonymous', priority = 10 }
+        "a = { weights = '2GiB', placement = 'anonymous', priority = 10 }
+         b = { weights = '2GiB', placement = 'anonymous', priority = 10 }
          c = { weights = '12GiB', placement = 'anonymous', priority = 20 }",
     );
     s.start("a").start("b").start("c").run(200);
-    // 106 GiB are left. At the act level, with two seconds of two GiB each, more than 3 GiB have to come back.
-    s.eat(Bytes::mib(1500), Bytes::gib(112)).run(200);
+    // 108 GiB are left. At the act level, with two seconds of 1.5 GiB each, more than 3 GiB have to come back.
+    s.eat(Bytes::mib(1500), Bytes::gib(114)).run(200);
     assert_eq!(stopped(&s), ["c"]);
+    sound(&s);
+}
+
+#[test]
+fn what_is_not_worth_a_stop_is_not_worth_a_more_important_model_either() {
+    let mut s = machine(
+        "",
+        "a = { weights = '600MiB', placement = 'anonymous', priority = 10 }
+         b = { weights = '800MiB', placement = 'anonymous', priority = 50 }",
+    );
+    s.start("a").start("b").run(200);
+    // At the act level some 700 MiB have to come back, of which a has all but less than a sixteenth of the reserve;
+    // and when it is gone, what is missing to where models are left alone is less than that as well.
+    s.eat(Bytes::mib(100), Bytes::mib(123_660)).run(3000);
+    assert_eq!(stopped(&s), ["a"]);
     sound(&s);
 }
 

@@ -39,8 +39,8 @@ fn breach(s: &Simulation, evidence: &Evidence) -> Option<String> {
     let idle = |instance: &Instance, r: &Reservation| {
         !fresh(r) && said_idle(instance).unwrap_or(now >= r.last_used + 10_000)
     };
-    let worth =
-        |instance: &Instance| frees(instance) >= s.core.rules().reserve.mul_div(1, 16).max(Bytes::mib(1));
+    let worthwhile = s.core.rules().reserve.mul_div(1, 16).max(Bytes::mib(1));
+    let worth = |instance: &Instance| frees(instance) >= worthwhile;
     let others = || {
         holders.iter().filter(|(instance, r)| {
             *instance != victim && matches!(r.phase, Phase::Loading | Phase::Running) && worth(instance)
@@ -61,7 +61,11 @@ fn breach(s: &Simulation, evidence: &Evidence) -> Option<String> {
     }
     let gentler =
         |i: &Instance, r: &Reservation| !r.pinned && (idle(i, r) || (!idle(victim, its) && !fresh(r)));
-    if frees(victim) < needed && !its.pinned && others().filter(suffices).any(|(i, r)| gentler(i, r)) {
+    // What is not worth a stop makes no difference.
+    if frees(victim) + worthwhile < needed
+        && !its.pinned
+        && others().filter(suffices).any(|(i, r)| gentler(i, r))
+    {
         return said("not enough, and another one suffices");
     }
     None

@@ -335,7 +335,7 @@ impl Core {
         let coming_bytes = gain(machine, &self.holders, shortage.pool, &coming);
         let alone = coming.is_empty();
         let needed = shortage.needed - coming_bytes;
-        if needed.is_zero() {
+        if needed < self.worthwhile() {
             return;
         }
         if self.drains_or_asks(machine, shortage, now, out) {

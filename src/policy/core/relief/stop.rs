@@ -52,7 +52,10 @@ impl Core {
         for kind in [Harm::Expired, Harm::Idle, Harm::Busy, Harm::JustLoaded] {
             let of: Vec<Candidate> =
                 (0..all.len()).filter(|n| all[*n].2 <= kind && kind <= most).map(candidate).collect();
-            if let Some(chosen) = choose(&of, |gone| frees(gone) >= needed, |n| frees(&[n])) {
+            // What is not worth a stop is not worth a more important one either: of models of one size one always frees
+            // some pages more.
+            let enough = |gone: &[usize]| frees(gone) + self.worthwhile() >= needed;
+            if let Some(chosen) = choose(&of, enough, |n| frees(&[n])) {
                 return chosen.first().map(|n| (all[*n].0.clone(), all[*n].2));
             }
             first = first.or_else(|| {
