@@ -35,8 +35,10 @@ const CALM: Duration = Duration::from_secs(1);
 const SOON: u64 = 60;
 /// A first look at who holds what that is older than this has to be taken again to see who grows.
 const STALE: Duration = Duration::from_secs(10);
-/// Between two looks at who grows.
+/// Between two looks at who grows, at least …
 const GROWTH: Duration = Duration::from_millis(200);
+/// … and so many times what the last one took: it reads a file of every group, at a time when others need the processors.
+const SPARED: u32 = 10;
 /// The stack of a thread that only closes a file.
 const STACK: usize = 64 * 1024;
 /// Models, and nothing outside of it.
@@ -103,16 +105,20 @@ struct Eaters {
     seen: Option<(Instant, BTreeMap<ControlGroup, Bytes>)>,
     eater: Option<(String, Bytes)>,
     looking: bool,
+    took: Duration,
 }
 
 impl Eaters {
-    /// Whether it is time for another look: each reads some files of every group, and wakes the loop when it is done.
+    /// Whether it is time for another look: each reads a file of every group, and wakes the loop when it is done.
     fn is_due(&self, now: Instant) -> bool {
-        !self.looking && self.seen.as_ref().is_none_or(|(then, _)| now.duration_since(*then) >= GROWTH)
+        let pause = GROWTH.max(self.took * SPARED);
+        !self.looking && self.seen.as_ref().is_none_or(|(then, _)| now.duration_since(*then) >= pause)
     }
 
-    /// Takes in a look at who holds what; who grew most since the last one, if that was not too long ago.
-    fn take(&mut self, now: Instant, held: BTreeMap<ControlGroup, Bytes>) {
+    /// Takes in a look at who holds what, and how long it took; who grew most since the last one, if that was not too
+    /// long ago.
+    fn take(&mut self, now: Instant, took: Duration, held: BTreeMap<ControlGroup, Bytes>) {
+        self.took = took;
         if let Some((then, before)) = &self.seen
             && now.duration_since(*then) < STALE
         {
@@ -285,11 +291,12 @@ fn listen(file: File, kind: Kind, inputs: &UnboundedSender<Input>) -> Option<Joi
 fn look_for_eater(host: &Host, eaters: &Mutex<Eaters>, inputs: &UnboundedSender<Input>) {
     let lock = || eaters.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
+        let begun = Instant::now();
         let held = host.held_by_groups(MODELS).into_iter().collect();
         let now = Instant::now();
         let mut eaters = lock();
         let first = eaters.seen.as_ref().is_none_or(|(then, _)| now.duration_since(*then) >= STALE);
-        eaters.take(now, held);
+        eaters.take(now, now.duration_since(begun), held);
         if !first {
             eaters.looking = false;
             // Whoever waits to name it looks again.
@@ -322,6 +329,8 @@ fn fastest() -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const TOOK: Duration = Duration::from_millis(2);
 
     fn stall(some: u64, full: u64) -> Option<Stall> {
         Some(Stall { some, full })
@@ -359,13 +368,13 @@ mod tests {
         let held = |a: u64, b: u64| [(group("a"), Bytes::gib(a)), (group("b"), Bytes::gib(b))].into();
         let mut eaters = Eaters::default();
         let now = Instant::now();
-        eaters.take(now, held(40, 1));
+        eaters.take(now, TOOK, held(40, 1));
         assert_eq!(eaters.eater, None, "one look does not tell");
-        eaters.take(now + Duration::from_secs(1), held(41, 5));
+        eaters.take(now + Duration::from_secs(1), TOOK, held(41, 5));
         assert_eq!(eaters.eater, Some(("/system.slice/b".to_owned(), Bytes::gib(5))));
-        eaters.take(now + Duration::from_secs(2), held(41, 5));
+        eaters.take(now + Duration::from_secs(2), TOOK, held(41, 5));
         assert_eq!(eaters.eater, None, "nobody grows");
-        eaters.take(now + Duration::from_secs(99), held(99, 5));
+        eaters.take(now + Duration::from_secs(99), TOOK, held(99, 5));
         assert_eq!(eaters.eater, None, "too long ago to tell");
     }
 
@@ -374,11 +383,15 @@ mod tests {
         let now = Instant::now();
         let mut eaters = Eaters::default();
         assert!(eaters.is_due(now));
-        eaters.take(now, BTreeMap::new());
+        eaters.take(now, TOOK, BTreeMap::new());
         assert!(!eaters.is_due(now + GROWTH / 2));
         assert!(eaters.is_due(now + GROWTH));
+        // On a machine where it takes long it is done the less often.
+        eaters.take(now, GROWTH, BTreeMap::new());
+        assert!(!eaters.is_due(now + GROWTH * (SPARED - 1)));
+        assert!(eaters.is_due(now + GROWTH * SPARED));
         eaters.looking = true;
-        assert!(!eaters.is_due(now + GROWTH));
+        assert!(!eaters.is_due(now + GROWTH * SPARED));
     }
 
     #[test]
