@@ -24,7 +24,7 @@ pub trait Ports {
     fn observe(&mut self) -> Machine;
 
     /// What a process that is no model's and all that it has started hold.
-    fn measure(&mut self, _pid: u32, _others: &BTreeSet<u32>) -> Measured {
+    fn measure(&self, _pid: u32, _others: &BTreeSet<u32>) -> Measured {
         Measured::default()
     }
 

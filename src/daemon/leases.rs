@@ -7,9 +7,11 @@
 //! The holder gets the writing end of a pipe. The other end is kept here and in systemd's descriptor store, so that a
 //! lease outlives a restart of the daemon.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
@@ -29,13 +31,14 @@ use crate::ledger::{Footprint, Machine, Measured, Unit, UnitState};
 use crate::os::{pidfd_open, watched};
 use crate::policy::request::Patience;
 use crate::policy::{Event, Refusal, Request, Rung};
-use crate::ports::Ports;
 
 /// Leases that there may be, waiting ones too. Each has a descriptor here and one in systemd's store
 /// (FileDescriptorStoreMax= in plimsolld.service).
 const MOST: usize = 64;
 /// And of one user other than root.
 const MOST_OF_A_USER: usize = 16;
+/// For how long a reading of the machine looks at what leases hold; the last one of it may take longer.
+const MEASURING: Duration = Duration::from_millis(10);
 /// What the names of our descriptors in systemd's store begin with.
 const STORED: &str = "lease-";
 
@@ -115,6 +118,8 @@ struct Lease {
     watch: JoinHandle<()>,
     /// Of one that waits for an answer.
     asking: Option<Asking>,
+    /// What its holder had when that was looked at last, and in which reading that was.
+    measured: (Measured, u64),
 }
 
 #[derive(Debug)]
@@ -123,6 +128,12 @@ struct Asking {
     writer: OwnedFd,
     began: Arc<Notify>,
     reply: oneshot::Sender<Result<OwnedFd, Fault>>,
+}
+
+impl Lease {
+    fn new(saved: SavedLease, state: UnitState, reader: OwnedFd, watch: JoinHandle<()>) -> Self {
+        Self { saved, state, reader, watch, asking: None, measured: Default::default() }
+    }
 }
 
 impl Drop for Lease {
@@ -135,6 +146,8 @@ impl Drop for Lease {
 #[derive(Debug, Default)]
 pub(super) struct Leases {
     all: BTreeMap<u64, Lease>,
+    /// Readings so far.
+    readings: u64,
 }
 
 /// The InvocationID that stands for a lease.
@@ -149,21 +162,38 @@ fn stored_name(id: u64) -> String {
 
 impl Leases {
     /// Shows them in a reading of the machine: what the decisions go by. What a process holds counts for one of its
-    /// leases, and for none of those that it is below.
-    pub(super) fn show(&self, machine: &mut Machine, ports: &mut dyn Ports) {
+    /// leases, and for none of those that it is below. Where measuring (a process and what it has started but for other
+    /// holders) takes long, some are shown as they were before, and looked at first the next time.
+    pub(super) fn show(&mut self, machine: &mut Machine, measure: impl Fn(u32, &BTreeSet<u32>) -> Measured) {
         let holders: BTreeSet<u32> = self.all.values().map(|lease| lease.saved.pid).collect();
-        let mut measured = BTreeSet::new();
+        self.readings += 1;
+        let mut first: BTreeMap<u32, &mut Lease> = BTreeMap::new();
+        for lease in self.all.values_mut() {
+            match first.entry(lease.saved.pid) {
+                Entry::Vacant(entry) => {
+                    entry.insert(lease);
+                }
+                Entry::Occupied(_) => lease.measured.0 = Measured::default(),
+            }
+        }
+        let mut oldest_first: Vec<&mut Lease> = first.into_values().collect();
+        oldest_first.sort_by_key(|lease| lease.measured.1);
+        let begun = Instant::now();
+        for lease in oldest_first {
+            lease.measured = (measure(lease.saved.pid, &holders), self.readings);
+            if begun.elapsed() >= MEASURING {
+                break;
+            }
+        }
         for lease in self.all.values() {
-            let saved = &lease.saved;
-            let first = measured.insert(saved.pid);
             let unit = Unit {
                 state: lease.state,
-                main_pid: saved.pid,
-                invocation: invocation(saved.id),
-                measured: if first { ports.measure(saved.pid, &holders) } else { Measured::default() },
+                main_pid: lease.saved.pid,
+                invocation: invocation(lease.saved.id),
+                measured: lease.measured.0.clone(),
                 ..Unit::default()
             };
-            machine.units.insert(saved.instance.clone(), unit);
+            machine.units.insert(lease.saved.instance.clone(), unit);
         }
     }
 
@@ -255,7 +285,7 @@ impl Daemon {
                 forget(&self.parts.notifier, &stored_name(id));
                 continue;
             };
-            let lease = Lease { saved, state: UnitState::Active, reader, watch, asking: None };
+            let lease = Lease::new(saved, UnitState::Active, reader, watch);
             self.leases.all.insert(id, lease);
             if let Some(info) = self.lease_info(id) {
                 self.tell(Publication::LeaseBegan(info, Arc::new(Notify::new())));
@@ -318,7 +348,7 @@ impl Daemon {
             pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|error| failed(error.into()))?;
         let watch = watch(id, &reader, pidfd, self.sender.clone()).map_err(failed)?;
         let saved = SavedLease { id, instance, uid, pid, start_time };
-        Ok((Lease { saved, state: UnitState::Activating, reader, watch, asking: None }, writer))
+        Ok((Lease::new(saved, UnitState::Activating, reader, watch), writer))
     }
 
     /// Answers the lease that waits with this ticket; false where there is none.
@@ -371,5 +401,37 @@ impl Daemon {
             gpu_bytes: footprint.gpus.iter().copied().sum(),
             priority: holder.priority,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn one_reading_does_not_measure_for_ever_and_the_next_goes_on_where_it_ended() {
+        let mut leases = Leases::default();
+        for (id, pid) in [(1, 11), (2, 12), (3, 13), (4, 11)] {
+            let instance = Instance::lease("job".parse().unwrap(), id);
+            let saved = SavedLease { id: id.into(), instance, uid: 0, pid, start_time: 0 };
+            let (reader, _) = pipe2(OFlag::O_CLOEXEC).unwrap();
+            leases
+                .all
+                .insert(id.into(), Lease::new(saved, UnitState::Active, reader, tokio::spawn(async {})));
+        }
+        let held = |leases: &mut Leases, takes: Duration, bytes: u64| -> Vec<u64> {
+            let mut machine = Machine::default();
+            leases.show(&mut machine, |pid, others| {
+                assert_eq!(others.len(), 3);
+                std::thread::sleep(takes);
+                Measured { private: Bytes(bytes + u64::from(pid)), ..Measured::default() }
+            });
+            machine.units.values().map(|unit| unit.measured.private.0).collect()
+        };
+        assert_eq!(held(&mut leases, MEASURING, 100), [111, 0, 0, 0]);
+        assert_eq!(held(&mut leases, MEASURING, 200), [111, 212, 0, 0]);
+        assert_eq!(held(&mut leases, MEASURING, 300), [111, 212, 313, 0]);
+        assert_eq!(held(&mut leases, MEASURING, 400), [411, 212, 313, 0]);
+        assert_eq!(held(&mut leases, Duration::ZERO, 500), [511, 512, 513, 0], "one process, counted once");
     }
 }

@@ -261,7 +261,8 @@ impl Daemon {
     /// The machine, for whoever looks at it.
     pub(super) fn read(&mut self) -> Machine {
         let mut machine = self.parts.ports.observe();
-        self.leases.show(&mut machine, &mut *self.parts.ports);
+        let ports = &self.parts.ports;
+        self.leases.show(&mut machine, |pid, others| ports.measure(pid, others));
         machine
     }
 

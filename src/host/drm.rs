@@ -6,8 +6,11 @@ use std::io;
 use super::{Card, Heap, Host, read_bounded};
 use crate::bytes::{Bytes, KIB, MIB};
 
-/// Descriptors that are looked at in one process; an engine has a few dozen.
-const DESCRIPTORS: usize = 4096;
+/// Descriptors that are looked at in one process, the lowest ones. An engine has a few dozen, and opens the GPU before
+/// anybody connects.
+const DESCRIPTORS: usize = 256;
+/// And in all of them together: some milliseconds.
+const OF_ALL: usize = 2048;
 
 /// GPU memory that a set of processes holds, per device and place.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,6 +52,7 @@ impl Host {
     #[must_use]
     pub fn drm_usage(&self, pids: &[u32]) -> Option<DrmUsage> {
         let mut usage = DrmUsage::default();
+        let mut seen = 0;
         for pid in pids {
             let directory = self.path(&format!("/proc/{pid}/fdinfo"));
             let entries = match std::fs::read_dir(&directory) {
@@ -56,7 +60,8 @@ impl Host {
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return None,
                 Err(_) => continue,
             };
-            for entry in entries.filter_map(Result::ok).take(DESCRIPTORS) {
+            for entry in entries.filter_map(Result::ok).take(DESCRIPTORS.min(OF_ALL - seen)) {
+                seen += 1;
                 match read_bounded(&entry.path()) {
                     Ok(bytes) => usage.add(&String::from_utf8_lossy(&bytes)),
                     Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return None,

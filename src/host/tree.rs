@@ -8,8 +8,8 @@ use crate::ledger::Measured;
 
 /// Processes that are looked at below one; a build may have more, and then its last ones count for the system.
 const PROCESSES: usize = 256;
-/// Threads of one that are asked for children.
-const THREADS: usize = 256;
+/// Threads of all of them that are asked for children; some milliseconds.
+const THREADS: usize = 1024;
 
 impl Host {
     /// Process `pid` and what it has started, and those have, from `/proc/PID/task/TID/children`; empty when it is
@@ -21,13 +21,15 @@ impl Host {
         let mut seen = others.clone();
         seen.insert(pid);
         let mut next = vec![pid];
+        let mut asked = 0;
         while let Some(pid) = next.pop() {
             let Ok(threads) = std::fs::read_dir(self.path(&format!("/proc/{pid}/task"))) else { continue };
             tree.push(pid);
             if tree.len() == PROCESSES {
                 break;
             }
-            for thread in threads.filter_map(Result::ok).take(THREADS) {
+            for thread in threads.filter_map(Result::ok).take(THREADS - asked) {
+                asked += 1;
                 let Some(thread) = thread.file_name().to_str().map(str::to_owned) else { continue };
                 let children =
                     self.read_if_there(&format!("/proc/{pid}/task/{thread}/children")).ok().flatten();

@@ -145,7 +145,7 @@ impl Ports for RealPorts {
         }
     }
 
-    fn measure(&mut self, pid: u32, others: &BTreeSet<u32>) -> Measured {
+    fn measure(&self, pid: u32, others: &BTreeSet<u32>) -> Measured {
         self.host.measured_tree(pid, others, &self.host.cards().unwrap_or_default())
     }
 
