@@ -182,10 +182,15 @@ fn set_swap(lab: &Lab, on: bool) -> Result<()> {
 
 /// All models run, and exactly this one protects the machine.
 fn protect_by(lab: &Lab, protector: Protector) -> Result<()> {
+    // Units that say ManagedOOMSwap= have it started.
+    let oomd = if protector == Protector::Oomd { "unmask" } else { "mask" };
     lab.guest.ok_within(
-        "systemctl stop earlyoom.service systemd-oomd.service systemd-oomd.socket 2>/dev/null; systemctl reset-failed; \
-         systemctl restart plimsolld.service && for name in low middle high; do systemctl start llm@$name.service || exit; done; \
-         test $(systemctl is-active llm@low llm@middle llm@high | grep -cx active) = 3",
+        &format!(
+            "systemctl stop earlyoom.service systemd-oomd.service systemd-oomd.socket 2>/dev/null; \
+             systemctl {oomd} --runtime --quiet systemd-oomd.service systemd-oomd.socket; systemctl reset-failed; \
+             systemctl restart plimsolld.service && for name in low middle high; do systemctl start llm@$name.service || exit; done; \
+             test $(systemctl is-active llm@low llm@middle llm@high | grep -cx active) = 3"
+        ),
         PATIENCE,
     )?;
     if protector != Protector::Plimsoll {
@@ -241,7 +246,12 @@ fn once(lab: &Lab, protector: Protector, rate: Bytes) -> Result<Run> {
             line.0,
         ))?;
         guest.wait_until("it is watched", PATIENCE, "systemctl is-active --quiet watch.service")?;
-        guest.ok("touch /run/served")?;
+        // Waited for at its end rather than asked for again and again, which sshd would feel.
+        guest.ok_within(
+            "pid=$(systemctl show --value -p MainPID eater.service) && touch /run/served && test $pid != 0 && \
+             timeout 120 tail --pid=$pid -s 0.5 -f /dev/null",
+            PATIENCE,
+        )?;
         guest.wait_until("the meal is over", PATIENCE, "! systemctl is-active --quiet eater.service")?;
         guest.ok("touch /run/fed")?;
         guest.wait_until(
