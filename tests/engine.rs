@@ -275,7 +275,7 @@ fn any_other_engine_gets_its_words_replaced() {
     let launch = Launch::command(&model, &instance("m@3")).unwrap();
     let expected = "/usr/bin/w|-m|/srv/whisper model.bin|0.0.0.0:8092|m@3|{\"a\": 8092}|{x}|{";
     assert_eq!(launch.argv.join("|"), expected);
-    assert_eq!((launch.probe_host(), launch.port, launch.health_path.as_deref()), ("127.0.0.1", 8092, None));
+    assert_eq!((launch.host.as_str(), launch.port, launch.health_path.as_deref()), ("0.0.0.0", 8092, None));
 
     let model = root.model("memory = \"4GiB\"\ncommand = [\"/usr/bin/w\", \"--port={prot}\"]\n");
     let error = Launch::command(&model, &instance("m")).unwrap_err().to_string();

@@ -100,9 +100,9 @@ impl From<CallError> for Failure {
                 let message = lines.next().unwrap_or_default().to_owned();
                 let hint = lines.next().map(|hint| hint.trim_start_matches("hint: ").to_owned());
                 let hint = hint.or_else(|| match error.kind {
-                    Kind::NotAuthorized => {
-                        Some("run it with sudo, or as a member of the group 'plimsoll'".to_owned())
-                    }
+                    Kind::NotAuthorized => Some(
+                        "run it with sudo; members of the group 'plimsoll' may load, unload, pin and lease".to_owned(),
+                    ),
                     Kind::NotFound => Some("'plimsoll list' shows the models that are configured".to_owned()),
                     _ => None,
                 });

@@ -11,6 +11,7 @@ use nix::unistd::{AccessFlags, access};
 use super::failure::Failure;
 use crate::engine::{NeededFile, Purpose};
 use crate::gguf::Model;
+use crate::os::error_text;
 
 /// Opens every file, in their order. `gguf`: model files are looked into, so that a shard that is
 /// missing, cut short or something else is found here and named.
@@ -48,7 +49,7 @@ fn open(needed: &NeededFile) -> Result<File, Failure> {
             _ => failure,
         }
     })?;
-    let about = file.metadata().map_err(|error| wrong(plain(&error)))?;
+    let about = file.metadata().map_err(|error| wrong(error_text(&error)))?;
     if !about.is_file() {
         return Err(wrong("it is not a regular file".to_owned()));
     }
@@ -61,7 +62,7 @@ fn reason(error: &io::Error, path: &Path) -> String {
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
             ancestors().find(|directory| access(*directory, AccessFlags::X_OK).is_err()).map_or_else(
-                || plain(error),
+                || error_text(error),
                 |directory| format!("the directory {} is closed to it", directory.display()),
             )
         }
@@ -69,14 +70,8 @@ fn reason(error: &io::Error, path: &Path) -> String {
             || "there is no such file".to_owned(),
             |directory| format!("there is no directory {}", directory.display()),
         ),
-        _ => plain(error),
+        _ => error_text(error),
     }
-}
-
-/// The error without Rust's "(os error N)".
-fn plain(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or(&text).to_owned()
 }
 
 /// The user that this process runs as, for messages.

@@ -1,7 +1,7 @@
 //! The command for people: arguments, tables, and the gate that units pass through.
 //!
-//! Nothing is decided here. `fit` and `validate` work on their own; everything else asks the
-//! daemon over the bus.
+//! Nothing is decided here. What the daemon knows or does is asked for over the bus; `fit`, `validate`, `log` and
+//! what only looks at this machine work without it.
 
 mod agent;
 mod args;

@@ -12,6 +12,7 @@ use super::output::{self, Painter, Style, wrap};
 use crate::bytes::Bytes;
 use crate::dbus::CallError;
 use crate::dbus::report::{Decision, Step};
+use crate::os::since_boot;
 
 pub(super) fn plan(common: &Common, args: &Plan) -> Result<(), Failure> {
     let text = super::block_on(async {
@@ -57,7 +58,7 @@ pub(super) fn reload(common: &Common) -> Result<(), Failure> {
         output::eprint(&format!("plimsoll: {problem}"));
     }
     Err(Failure::new(Exit::Config, last.clone())
-        .hint("'plimsoll validate' shows where; models with an error keep their last good configuration"))
+        .hint("'plimsoll validate' shows where; a model with an error can't be started until it is mended, and an error in plimsoll.toml leaves its last good settings in force"))
 }
 
 /// Prints what the daemon answered with: as it is, or as text.
@@ -138,11 +139,7 @@ pub(super) fn verdict_style(verdict: &str) -> Style {
 
 /// `, 5 min ago` for a time since boot; empty where it can't be told.
 pub(super) fn age(at_msec: u64) -> String {
-    let clock = nix::time::ClockId::CLOCK_BOOTTIME;
-    let Ok(now) = nix::time::clock_gettime(clock).map(std::time::Duration::from) else {
-        return String::new();
-    };
-    let Ok(now) = u64::try_from(now.as_millis()) else { return String::new() };
+    let Ok(now) = u64::try_from(since_boot().as_millis()) else { return String::new() };
     if at_msec == 0 || at_msec > now {
         String::new()
     } else {

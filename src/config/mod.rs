@@ -30,6 +30,7 @@ pub use model::{
 };
 pub use problem::{Place, Problem, Severity, nearest, quoted};
 
+pub use source::DIRECTORIES;
 use source::{Found, Sources};
 use table::Table;
 

@@ -12,9 +12,10 @@ use std::path::{Path, PathBuf};
 
 use super::problem::{Place, Problem};
 use super::table::Table;
+use crate::os::error_text;
 
 /// The directories of the configuration, the strongest first.
-const DIRECTORIES: [&str; 3] = ["etc/plimsoll", "run/plimsoll", "usr/lib/plimsoll"];
+pub const DIRECTORIES: [&str; 3] = ["etc/plimsoll", "run/plimsoll", "usr/lib/plimsoll"];
 
 /// The largest fragment that is read, in bytes.
 const LARGEST: u64 = 1 << 20;
@@ -181,13 +182,7 @@ fn open_to_others(logical: &Path, uid: u32, gid: u32, mode: u32) -> Option<Probl
 }
 
 fn unreadable(logical: &Path, error: &io::Error) -> Problem {
-    Problem::error(Place::file(logical), format!("can't be read: {}", reason(error)))
-}
-
-/// The error without Rust's "(os error N)".
-fn reason(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or(&text).to_owned()
+    Problem::error(Place::file(logical), format!("can't be read: {}", error_text(error)))
 }
 
 fn absent(error: &io::Error) -> bool {

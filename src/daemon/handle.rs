@@ -8,7 +8,6 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::time::{ClockId, clock_gettime};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use super::input::{Command, Input};
@@ -18,7 +17,7 @@ use super::report::Status;
 use crate::bytes::Bytes;
 use crate::config::{Instance, ModelName};
 use crate::ledger::{Footprint, Machine, SwapName, SwapOwner, UnitState};
-use crate::os::pidfd_open;
+use crate::os::{pidfd_open, since_boot};
 use crate::policy::core::Effect;
 use crate::policy::{Decision, Mode, Refusal};
 use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Wish};
@@ -163,6 +162,7 @@ impl Handle {
         catalog: Arc<dyn Catalog>,
         latest: Arc<Mutex<Arc<Machine>>>,
     ) -> Self {
+        let boot_usec = u64::try_from(since_boot().as_micros()).unwrap_or(u64::MAX);
         Self {
             inputs,
             catalog,
@@ -172,7 +172,7 @@ impl Handle {
             foreign: Turns::new(1, 4),
             jobs: Arc::new(AtomicU32::new(0)),
             // Later than that of any daemon before it.
-            leases: Arc::new(AtomicU64::new(boot_usec())),
+            leases: Arc::new(AtomicU64::new(boot_usec)),
         }
     }
 
@@ -445,10 +445,4 @@ impl Handle {
         self.send(command(reply));
         answer.await.map_err(|_| Fault::Failed("the daemon is ending".to_owned()))
     }
-}
-
-/// Microseconds since boot, suspend included.
-fn boot_usec() -> u64 {
-    let since = clock_gettime(ClockId::CLOCK_BOOTTIME).map(std::time::Duration::from).unwrap_or_default();
-    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }

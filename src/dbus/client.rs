@@ -1,4 +1,4 @@
-//! A client of the daemon: what every verb but `fit` and `validate` talks through.
+//! A client of the daemon: what every verb that asks it talks through.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -10,6 +10,7 @@ use zbus::{Connection, DynamicType, OwnedObjectPath, Variant};
 
 use super::error::CallError;
 use super::proxy::{JobProxy, ManagerProxy};
+use crate::os::error_text;
 
 /// A connection to the bus and the daemon's manager on it.
 #[derive(Clone, Debug)]
@@ -63,10 +64,9 @@ impl Client {
         let connection = builder.build().await.map_err(|error| {
             let bus = address.map_or_else(|| "the system bus".to_owned(), |a| format!("the bus at {a}"));
             let reason = match &error {
-                zbus::Error::Connection(source, _) => source.to_string(),
+                zbus::Error::Connection(source, _) => error_text(source),
                 other => other.to_string(),
             };
-            let reason = reason.split(" (os error").next().unwrap_or_default();
             CallError::Unreachable(format!("no connection to {bus}: {reason}"))
         })?;
         let manager =

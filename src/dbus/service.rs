@@ -1,4 +1,4 @@
-//! The daemon on the bus: `org.plimsoll1.Manager` and the objects of its jobs.
+//! The daemon on the bus: `org.plimsoll1.Manager` and the objects of its jobs and leases.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;

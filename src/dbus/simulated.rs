@@ -1,12 +1,10 @@
 //! The daemon on a simulated machine, on a private bus.
 
 use std::io::{BufRead, BufReader};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
-use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
@@ -15,6 +13,7 @@ use super::service::{Manager, publish};
 use super::{BUS_ADDRESS_VARIABLE, NAME, PATH};
 use crate::action::notify::Notifier;
 use crate::daemon::{Daemon, Input, Parts, signals};
+use crate::os::end_with_parent;
 use crate::policy::{Core, Saved};
 use crate::sim::{Scenario, SimCatalog, SimPorts};
 
@@ -29,9 +28,7 @@ impl Bus {
         let mut command = Command::new("dbus-daemon");
         command.args(["--session", "--nofork", "--nopidfile", "--print-address=1"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let end_with_us = || set_pdeathsig(Signal::SIGTERM).map_err(Into::into);
-        // SAFETY: between fork and exec there is only prctl(2), which is async-signal-safe.
-        unsafe { command.pre_exec(end_with_us) };
+        end_with_parent(&mut command, Signal::SIGTERM);
         let mut child = command.spawn().map_err(|error| {
             format!("the private bus can't be started, since dbus-daemon can't be run ({error}): install the package dbus")
         })?;

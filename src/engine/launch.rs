@@ -1,7 +1,6 @@
 //! The command line of an engine, with everything spelled out.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::path::Path;
 
 use super::effective::{Effective, override_arguments};
@@ -113,16 +112,6 @@ impl Launch {
             port,
             health_path: model.health_path.clone(),
         })
-    }
-
-    /// The address to ask for readiness: of an engine that listens everywhere, this machine's own.
-    #[must_use]
-    pub fn probe_host(&self) -> &str {
-        match self.host.parse::<IpAddr>() {
-            Ok(IpAddr::V4(address)) if address.is_unspecified() => "127.0.0.1",
-            Ok(IpAddr::V6(address)) if address.is_unspecified() => "::1",
-            _ => &self.host,
-        }
     }
 }
 

@@ -8,6 +8,7 @@ use nix::unistd::{AccessFlags, access};
 
 use super::error::Error;
 use crate::config::{DEFAULT_ENGINE, Daemon, EngineSource, Image, Model};
+use crate::os::error_text;
 
 /// Where llama-server is looked for when the configuration names no path: never along `PATH`.
 pub const DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/opt/llama.cpp/bin"];
@@ -96,7 +97,7 @@ pub fn check_executable(path: &Path) -> Result<(), Error> {
     let cannot = |reason: String| Err(Error::NotExecutable { path: path.to_owned(), reason });
     let about = match fs::metadata(path) {
         Ok(about) => about,
-        Err(error) => return cannot(plain(&error)),
+        Err(error) => return cannot(error_text(&error)),
     };
     if !about.is_file() {
         return cannot("it is not a regular file".to_owned());
@@ -106,16 +107,10 @@ pub fn check_executable(path: &Path) -> Result<(), Error> {
         Ok(()) => Ok(()),
         Err(errno) => cannot(format!(
             "{} (its mode is {:04o})",
-            plain(&std::io::Error::from(errno)),
+            error_text(&std::io::Error::from(errno)),
             about.permissions().mode() & 0o7777
         )),
     }
-}
-
-/// The error without Rust's "(os error N)".
-fn plain(error: &std::io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or(&text).to_owned()
 }
 
 #[cfg(test)]

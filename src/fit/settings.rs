@@ -53,14 +53,6 @@ pub enum LoadMode {
     DirectIo,
 }
 
-impl LoadMode {
-    /// Whether pages are locked in memory.
-    #[must_use]
-    pub fn locks(self) -> bool {
-        matches!(self, Self::Mlock | Self::MmapMlock)
-    }
-}
-
 /// How a model is split over several devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SplitMode {

@@ -1,7 +1,9 @@
-//! System calls that nix does not wrap, each as one safe function.
+//! System calls that nix does not wrap or that need a word more, each as one safe function.
 //!
 //! What `host` reads and `action` does with them stands there; nothing here knows why it is called.
 
+mod boot;
+mod error_text;
 mod follow;
 mod hold;
 mod limit;
@@ -14,6 +16,8 @@ mod swap;
 mod time;
 mod watched;
 
+pub use boot::since_boot;
+pub use error_text::error_text;
 pub use follow::end_with_parent;
 pub use hold::hold_range;
 pub use limit::limit_child;

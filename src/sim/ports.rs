@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use super::scenario::Scenario;
 use super::world::{Emitted, World};
-use nix::time::{ClockId, clock_gettime};
 
 use crate::ledger::{Gpu, Machine};
+use crate::os::since_boot;
 use crate::policy::core::Effect;
 use crate::policy::{ActionId, Event, Refusal, Request, Rung};
 use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Outcomes, Ports, Wish};
@@ -59,8 +59,7 @@ impl SimPorts {
             Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), begun: Instant::now() });
         let clock = Arc::clone(&shared);
         std::thread::spawn(move || keep_time(&clock, &events));
-        let booted = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
-        Self { shared, booted: u64::try_from(booted.as_millis()).unwrap_or(0) }
+        Self { shared, booted: u64::try_from(since_boot().as_millis()).unwrap_or(0) }
     }
 }
 

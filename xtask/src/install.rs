@@ -46,6 +46,10 @@ const SYSTEM_FILES: &[Entry] = &[
 /// What people read, taken when it is there.
 const DOCUMENTS: &[Entry] = &[
     entry("README.md", "share/doc/plimsoll/README.md"),
+    entry("ARCHITECTURE.md", "share/doc/plimsoll/ARCHITECTURE.md"),
+    entry("CONTRIBUTING.md", "share/doc/plimsoll/CONTRIBUTING.md"),
+    entry("docs/benchmarks.md", "share/doc/plimsoll/docs/benchmarks.md"),
+    entry("docs/roadmap-tables.md", "share/doc/plimsoll/docs/roadmap-tables.md"),
     entry("CHANGELOG.md", "share/doc/plimsoll/CHANGELOG.md"),
     entry("LICENSE-MIT", "share/doc/plimsoll/LICENSE-MIT"),
     entry("LICENSE-APACHE", "share/doc/plimsoll/LICENSE-APACHE"),
@@ -56,8 +60,6 @@ const DOCUMENTS: &[Entry] = &[
 /// Directories of generated files (`cargo xtask man`), taken as they are when they are there.
 const GENERATED: &[Entry] = &[
     entry("target/generated/man1", "share/man/man1"),
-    entry("target/generated/man5", "share/man/man5"),
-    entry("target/generated/man8", "share/man/man8"),
     entry("target/generated/bash", "share/bash-completion/completions"),
     entry("target/generated/zsh", "share/zsh/vendor-completions"),
     entry("target/generated/fish", "share/fish/vendor_completions.d"),
@@ -70,7 +72,8 @@ pub struct InstallOptions {
     /// Put everything below this directory and leave the running system alone (for packagers)
     #[arg(long, value_name = "DIR")]
     pub destdir: Option<PathBuf>,
-    /// Where programs and units go
+    /// Where programs and units go. What the programs write by themselves (units of models in containers, links of models
+    /// whose disk comes late) is for /usr
     #[arg(long, default_value = "/usr", value_name = "DIR")]
     pub prefix: PathBuf,
     /// Take plimsoll and plimsolld from this directory instead of building them: built as yourself,

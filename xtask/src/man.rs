@@ -16,12 +16,9 @@ pub fn generate() -> Result<PathBuf> {
     let man = directory.join("man1");
     let _ = fs::remove_dir_all(&man);
     fs::create_dir_all(&man)?;
-    let mut command = cli::command();
+    let mut command = without_help(cli::command());
     command.build();
-    page(&command, &man)?;
-    for verb in command.get_subcommands().filter(|verb| verb.get_name() != "help") {
-        page(verb, &man)?;
-    }
+    pages(&command, &man)?;
     let files = ["bash/plimsoll", "zsh/_plimsoll", "fish/plimsoll.fish"];
     for (shell, file) in [cli::Shell::Bash, cli::Shell::Zsh, cli::Shell::Fish].into_iter().zip(files) {
         let path = directory.join(file);
@@ -29,6 +26,20 @@ pub fn generate() -> Result<PathBuf> {
         fs::write(path, cli::completion_script(shell))?;
     }
     Ok(directory)
+}
+
+/// No page is about `help`, and none refers to one.
+fn without_help(command: clap::Command) -> clap::Command {
+    let verbs: Vec<String> = command.get_subcommands().map(|verb| verb.get_name().to_owned()).collect();
+    let command = command.disable_help_subcommand(true);
+    verbs.iter().fold(command, |command, verb| command.mut_subcommand(verb, without_help))
+}
+
+/// The page of a command, and those of all its subcommands that are for people.
+fn pages(command: &clap::Command, directory: &Path) -> Result<()> {
+    page(command, directory)?;
+    let shown = command.get_subcommands().filter(|verb| !verb.is_hide_set());
+    shown.into_iter().try_for_each(|verb| pages(verb, directory))
 }
 
 /// One page; its examples stand as they are written, line by line.

@@ -330,11 +330,6 @@ impl Systemd {
         bounded("ResetFailedUnit", self.manager.reset_failed_unit(unit)).await
     }
 
-    /// Reads all units again (`systemctl daemon-reload`).
-    pub async fn daemon_reload(&self) -> Result<(), SystemdError> {
-        bounded("Reload", self.manager.reload()).await
-    }
-
     /// MemoryMax= of a slice, `None` for infinity; also of one that has no control group yet.
     pub async fn slice_limit(&self, slice: &str) -> Result<Option<Bytes>, SystemdError> {
         let bus = self.manager.inner().connection();

@@ -342,7 +342,7 @@ pub struct Log {
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  plimsoll pin deepseek")]
 pub struct Pin {
-    /// The models, or NAME@N for an Nth instance
+    /// The models, each in all its instances
     #[arg(value_name = "NAME", required = true)]
     pub names: Vec<String>,
 }
@@ -351,7 +351,7 @@ pub struct Pin {
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  plimsoll unpin deepseek")]
 pub struct Unpin {
-    /// The models, or NAME@N for an Nth instance
+    /// The models, each in all its instances
     #[arg(value_name = "NAME", required = true)]
     pub names: Vec<String>,
 }

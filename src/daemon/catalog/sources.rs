@@ -7,8 +7,6 @@ use std::sync::Arc;
 use crate::config::{self, Loaded};
 use crate::engine;
 
-/// Where fragments are, below the root.
-const DIRECTORIES: [&str; 3] = ["etc/plimsoll", "run/plimsoll", "usr/lib/plimsoll"];
 /// Directories in directories: `models.d/NAME.toml.d`.
 const DEPTH: usize = 2;
 
@@ -58,7 +56,7 @@ impl Sources {
 
 fn stamps(root: &Path) -> Vec<Stamp> {
     let mut stamps = Vec::new();
-    for directory in DIRECTORIES {
+    for directory in config::DIRECTORIES {
         walk(&root.join(directory), DEPTH, &mut stamps);
     }
     stamps.sort();

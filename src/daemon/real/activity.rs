@@ -40,7 +40,8 @@ impl Activities {
         heard.get(instance).filter(|(of, _)| of == invocation).and_then(|(_, busy)| *busy)
     }
 
-    /// Asks these instances, each with its InvocationID. Blocks, for as long as one engine may take and a moment.
+    /// Asks these instances, each with its InvocationID. Blocks, for each [`AT_A_TIME`] of them
+    /// as long as one may take, and a moment.
     pub fn ask(&self, instances: &[(Instance, String)]) {
         for some in instances.chunks(AT_A_TIME) {
             std::thread::scope(|scope| {

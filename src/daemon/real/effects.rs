@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::time::{ClockId, clock_gettime};
 use tokio::sync::Semaphore;
 
 use super::activity::Activities;
@@ -21,6 +20,7 @@ use crate::config::Instance;
 use crate::daemon::survey::Survey;
 use crate::host::{ControlGroup, Host};
 use crate::ledger::{FileId, UnitState};
+use crate::os::since_boot;
 use crate::policy::Limits;
 use crate::policy::core::Effect;
 
@@ -233,6 +233,5 @@ async fn blocking(what: &'static str, run: fn(&Path) -> std::io::Result<()>) -> 
 
 /// Milliseconds since boot.
 pub(super) fn boot_msec() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default();
-    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+    u64::try_from(since_boot().as_millis()).unwrap_or(u64::MAX)
 }

@@ -483,12 +483,6 @@ impl World {
         }
     }
 
-    /// Whether a ticket is of this world.
-    #[must_use]
-    pub fn owns(&self, ticket: u64) -> bool {
-        self.tickets.contains_key(&ticket)
-    }
-
     /// Takes in the answer to a unit that asked; a refused one fails.
     pub fn answered(&mut self, ticket: u64, answer: &Result<u64, Box<Refusal>>, out: &mut Vec<Emitted>) {
         let Some(instance) = self.tickets.remove(&ticket) else { return };
