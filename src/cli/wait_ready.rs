@@ -20,6 +20,8 @@ use crate::host::{HttpError, Page, Server};
 const EXTEND_EVERY: Duration = Duration::from_secs(5);
 /// What it is asked for beyond the time that may pass without movement.
 const EXTEND_MARGIN: Duration = Duration::from_secs(30);
+/// The most of that at a time, also where nothing ends a load: it is asked for again long before.
+const EXTEND_MOST: Duration = Duration::from_secs(3600);
 /// How long the engine may take to accept a connection, or to answer on it.
 const HTTP_TIMEOUT: Duration = Duration::from_secs(2);
 /// How much of an answer is read.
@@ -92,7 +94,7 @@ fn wait(
         if extended.is_none_or(|at| at.elapsed() >= EXTEND_EVERY) {
             extended = Some(Instant::now());
             // A service manager that does not take it ends this process at its own time-out.
-            let _ = notify.extend_timeout(stall + EXTEND_MARGIN);
+            let _ = notify.extend_timeout(stall.min(EXTEND_MOST) + EXTEND_MARGIN);
             if stage == Stage::Engine {
                 let text = format!("loading: {} in memory, {} read", seen.resident, seen.read);
                 let _ = notify.status(&text);
@@ -220,6 +222,27 @@ mod tests {
         crate::cli::process::tests::write_process(&root, 7, "Z", &[]);
         let ended = wait(&process, &endpoint, Duration::from_secs(60), &Notifier::from_environment(), || ());
         assert_eq!(ended, Ok(Exit::Failed));
+        std::fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn a_load_that_may_take_for_ever_is_waited_for() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let engine = std::thread::spawn(move || {
+            for status in ["503 Service Unavailable", "200 OK"] {
+                let (mut stream, _) = listener.accept().unwrap();
+                let _ = stream.read(&mut [0; 256]).unwrap();
+                write!(stream, "HTTP/1.1 {status}\r\n\r\n{{}}").unwrap();
+            }
+        });
+        let endpoint = Endpoint { server: Server::of("127.0.0.1", address), path: Some("/health".into()) };
+        let root = tempdir("for-ever");
+        crate::cli::process::tests::write_process(&root, 7, "S", &["/usr/bin/llama-server"]);
+        let process = Process::find(&root, 7).unwrap();
+        let ended = wait(&process, &endpoint, Duration::MAX, &Notifier::from_environment(), || ());
+        assert_eq!(ended, Ok(Exit::Done));
+        engine.join().unwrap();
         std::fs::remove_dir_all(root).unwrap();
     }
 

@@ -133,9 +133,11 @@ pub fn load(root: &Path) -> Loaded {
     let sources = Sources::new(root);
     let mut problems = Vec::new();
 
-    let table = match sources.read("", "plimsoll", true, &mut problems) {
-        Found::Whole(table) => table,
-        Found::Nothing | Found::Masked | Found::Broken => Table::default(),
+    let (table, unread) = match sources.read("", "plimsoll", true, &mut problems) {
+        Found::Whole(table) => (table, Vec::new()),
+        Found::Nothing | Found::Masked => (Table::default(), Vec::new()),
+        // Without their defaults models would be others: with no key, on all addresses.
+        Found::Broken => (Table::default(), problems.clone()),
     };
     let (settings, defaults) = daemon::read(table, &mut problems);
     if let Ok(name) = "model-defaults".parse() {
@@ -156,6 +158,7 @@ pub fn load(root: &Path) -> Loaded {
     for (name, file) in names {
         let mut own = Vec::new();
         match name.parse::<ModelName>() {
+            Ok(name) if !unread.is_empty() => drop(loaded.broken.insert(name, unread.clone())),
             Ok(name) if name.is_foreign() => own.push(
                 Problem::error(
                     Place::file(&file),

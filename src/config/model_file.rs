@@ -226,6 +226,12 @@ fn contradictions(model: &Model, problems: &mut Vec<Problem>) {
                 .hint("model = \"/path/to/model.gguf\", or command = [...] for another engine"),
         );
     }
+    if model.memory.is_none() && model.gpu_memory.is_some() {
+        problems.push(
+            Problem::error(model.place("gpu-memory"), "'gpu-memory' has no effect without 'memory'")
+                .hint("declare both, or leave both out to have them computed"),
+        );
+    }
     if let (Some(memory), Some(gpu)) = (model.memory, model.gpu_memory)
         && gpu.is_zero()
         && memory.is_zero()
@@ -244,8 +250,7 @@ fn contradictions(model: &Model, problems: &mut Vec<Problem>) {
             .hint("set workload = \"batch\""),
         );
     }
-    let local = model.host == "localhost"
-        || model.host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
+    let local = model.host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
     if !local && model.api_key_file.is_none() && model.command.is_none() {
         problems.push(
             Problem::warning(

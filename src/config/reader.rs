@@ -237,7 +237,11 @@ pub(super) fn argument(item: &Item) -> Read<String> {
 
 /// An address or host name to listen on.
 pub(super) fn host(item: &Item) -> Read<String> {
-    let host = text(item)?;
+    let mut host = text(item)?;
+    // By that name an engine may listen on ::1 alone, and would be asked on 127.0.0.1.
+    if host.eq_ignore_ascii_case("localhost") {
+        host = "127.0.0.1".to_owned();
+    }
     let wrong =
         |text: String| Err(Wrong::new(text).hint("for example \"127.0.0.1\", \"::1\" or \"0.0.0.0\""));
     // llama-server makes a socket of that name in its working directory.
