@@ -39,6 +39,12 @@ const MOST: usize = 64;
 const MOST_OF_A_USER: usize = 16;
 /// For how long a reading of the machine looks at what leases hold; the last one of it may take longer.
 const MEASURING: Duration = Duration::from_millis(10);
+/// After a look a lease is left alone for so many times what that took.
+const SPARED: u32 = 10;
+/// What was measured before that is too old …
+const STALE: Duration = Duration::from_secs(5);
+/// … and looked at again so soon.
+pub(super) const CATCH_UP: Duration = Duration::from_millis(200);
 /// What the names of our descriptors in systemd's store begin with.
 const STORED: &str = "lease-";
 
@@ -118,8 +124,16 @@ struct Lease {
     watch: JoinHandle<()>,
     /// Of one that waits for an answer.
     asking: Option<Asking>,
-    /// What its holder had when that was looked at last, and in which reading that was.
-    measured: (Measured, u64),
+    /// What its holder had when that was looked at last.
+    seen: Option<Seen>,
+}
+
+/// A look at a holder.
+#[derive(Debug)]
+struct Seen {
+    measured: Measured,
+    at: Instant,
+    took: Duration,
 }
 
 #[derive(Debug)]
@@ -132,7 +146,7 @@ struct Asking {
 
 impl Lease {
     fn new(saved: SavedLease, state: UnitState, reader: OwnedFd, watch: JoinHandle<()>) -> Self {
-        Self { saved, state, reader, watch, asking: None, measured: Default::default() }
+        Self { saved, state, reader, watch, asking: None, seen: None }
     }
 }
 
@@ -146,8 +160,6 @@ impl Drop for Lease {
 #[derive(Debug, Default)]
 pub(super) struct Leases {
     all: BTreeMap<u64, Lease>,
-    /// Readings so far.
-    readings: u64,
 }
 
 /// The InvocationID that stands for a lease.
@@ -162,39 +174,53 @@ fn stored_name(id: u64) -> String {
 
 impl Leases {
     /// Shows them in a reading of the machine: what the decisions go by. What a process holds counts for one of its
-    /// leases, and for none of those that it is below. Where measuring (a process and what it has started but for other
-    /// holders) takes long, some are shown as they were before, and looked at first the next time.
-    pub(super) fn show(&mut self, machine: &mut Machine, measure: impl Fn(u32, &BTreeSet<u32>) -> Measured) {
+    /// leases, and for none of those that it is below.
+    ///
+    /// Measuring (a process and what it has started but for other holders) takes the loop's time: each lease is left
+    /// alone for a while that grows with how long it took, and where they take long together, the rest are shown as they
+    /// were before. What was never measured always is: who holds much would be taken for somebody else. Returns whether
+    /// any is shown as it was too long ago.
+    pub(super) fn show(
+        &mut self,
+        machine: &mut Machine,
+        now: Instant,
+        mut measure: impl FnMut(u32, &BTreeSet<u32>) -> (Measured, Duration),
+    ) -> bool {
         let holders: BTreeSet<u32> = self.all.values().map(|lease| lease.saved.pid).collect();
-        self.readings += 1;
         let mut first: BTreeMap<u32, &mut Lease> = BTreeMap::new();
         for lease in self.all.values_mut() {
             match first.entry(lease.saved.pid) {
                 Entry::Vacant(entry) => {
                     entry.insert(lease);
                 }
-                Entry::Occupied(_) => lease.measured.0 = Measured::default(),
+                Entry::Occupied(_) => lease.seen = None,
             }
         }
         let mut oldest_first: Vec<&mut Lease> = first.into_values().collect();
-        oldest_first.sort_by_key(|lease| lease.measured.1);
-        let begun = Instant::now();
+        oldest_first.sort_by_key(|lease| lease.seen.as_ref().map(|seen| seen.at));
+        let (mut took, mut stale) = (Duration::ZERO, false);
         for lease in oldest_first {
-            lease.measured = (measure(lease.saved.pid, &holders), self.readings);
-            if begun.elapsed() >= MEASURING {
-                break;
+            let age = lease.seen.as_ref().map(|seen| (now.saturating_duration_since(seen.at), seen.took));
+            let rests = age.is_some_and(|(age, took)| age < took * SPARED);
+            if rests || (age.is_some() && took >= MEASURING) {
+                stale |= !rests && age.is_some_and(|(age, _)| age >= STALE);
+                continue;
             }
+            let (measured, this) = measure(lease.saved.pid, &holders);
+            took += this;
+            lease.seen = Some(Seen { measured, at: now, took: this });
         }
         for lease in self.all.values() {
             let unit = Unit {
                 state: lease.state,
                 main_pid: lease.saved.pid,
                 invocation: invocation(lease.saved.id),
-                measured: lease.measured.0.clone(),
+                measured: lease.seen.as_ref().map(|seen| seen.measured.clone()).unwrap_or_default(),
                 ..Unit::default()
             };
             machine.units.insert(lease.saved.instance.clone(), unit);
         }
+        stale
     }
 
     /// What has to survive a restart of the daemon.
@@ -408,30 +434,50 @@ impl Daemon {
 mod tests {
     use super::*;
 
-    #[tokio::test]
-    async fn one_reading_does_not_measure_for_ever_and_the_next_goes_on_where_it_ended() {
+    const MILLI: Duration = Duration::from_millis(1);
+
+    fn leases(pids: &[u32]) -> Leases {
         let mut leases = Leases::default();
-        for (id, pid) in [(1, 11), (2, 12), (3, 13), (4, 11)] {
+        for (id, pid) in (1..).zip(pids) {
             let instance = Instance::lease("job".parse().unwrap(), id);
-            let saved = SavedLease { id: id.into(), instance, uid: 0, pid, start_time: 0 };
+            let saved = SavedLease { id: id.into(), instance, uid: 0, pid: *pid, start_time: 0 };
             let (reader, _) = pipe2(OFlag::O_CLOEXEC).unwrap();
             leases
                 .all
                 .insert(id.into(), Lease::new(saved, UnitState::Active, reader, tokio::spawn(async {})));
         }
-        let held = |leases: &mut Leases, takes: Duration, bytes: u64| -> Vec<u64> {
-            let mut machine = Machine::default();
-            leases.show(&mut machine, |pid, others| {
-                assert_eq!(others.len(), 3);
-                std::thread::sleep(takes);
-                Measured { private: Bytes(bytes + u64::from(pid)), ..Measured::default() }
-            });
-            machine.units.values().map(|unit| unit.measured.private.0).collect()
+        leases
+    }
+
+    /// What is shown when each look takes so long and finds `bytes` and the number of the process.
+    fn shown(leases: &mut Leases, now: Instant, takes: Duration, bytes: u64) -> (Vec<u64>, bool) {
+        let mut machine = Machine::default();
+        let measure = |pid: u32, _: &BTreeSet<u32>| {
+            (Measured { private: Bytes(bytes + u64::from(pid)), ..Measured::default() }, takes)
         };
-        assert_eq!(held(&mut leases, MEASURING, 100), [111, 0, 0, 0]);
-        assert_eq!(held(&mut leases, MEASURING, 200), [111, 212, 0, 0]);
-        assert_eq!(held(&mut leases, MEASURING, 300), [111, 212, 313, 0]);
-        assert_eq!(held(&mut leases, MEASURING, 400), [411, 212, 313, 0]);
-        assert_eq!(held(&mut leases, Duration::ZERO, 500), [511, 512, 513, 0], "one process, counted once");
+        let stale = leases.show(&mut machine, now, measure);
+        (machine.units.values().map(|unit| unit.measured.private.0).collect(), stale)
+    }
+
+    #[tokio::test]
+    async fn a_reading_measures_for_a_bounded_time_and_the_next_goes_on_where_it_ended() {
+        let (mut leases, now) = (leases(&[11, 12, 13, 11]), Instant::now());
+        let at = |seconds| now + Duration::from_secs(seconds);
+        let slow = MEASURING;
+        assert_eq!(shown(&mut leases, now, slow, 100), (vec![111, 112, 113, 0], false), "never seen before");
+        assert_eq!(shown(&mut leases, now + MILLI * 99, slow, 200).0, [111, 112, 113, 0], "they rest");
+        assert_eq!(shown(&mut leases, at(1), slow, 300), (vec![311, 112, 113, 0], false));
+        assert_eq!(shown(&mut leases, at(6), slow, 400), (vec![311, 412, 113, 0], true), "one is too old");
+        assert_eq!(shown(&mut leases, at(7), slow, 500), (vec![311, 412, 513, 0], true));
+        assert_eq!(shown(&mut leases, at(8), slow, 600), (vec![611, 412, 513, 0], false));
+        assert_eq!(shown(&mut leases, at(9), MILLI, 700).0, [711, 712, 713, 0], "one process, counted once");
+    }
+
+    #[tokio::test]
+    async fn what_is_quick_to_measure_is_measured_with_every_reading() {
+        let (mut leases, now) = (leases(&[11]), Instant::now());
+        for (reading, bytes) in [(0, 100), (20, 200), (40, 300)] {
+            assert_eq!(shown(&mut leases, now + MILLI * reading, MILLI, bytes).0, [bytes + 11]);
+        }
     }
 }

@@ -1,8 +1,8 @@
 //! The loop.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
@@ -11,7 +11,7 @@ use tokio::time::{Instant as Time, sleep_until};
 use super::handle::{Handle, LoadOptions};
 use super::input::{Input, Looking, Publication, Swapping, Waiting};
 use super::jobs::Jobs;
-use super::leases::{KeptLease, Leases};
+use super::leases::{CATCH_UP, KeptLease, Leases};
 use super::state::{Durable, Store};
 use super::survey::Survey;
 use super::turns::Turns;
@@ -87,6 +87,8 @@ pub struct Daemon {
     pub(super) said: String,
     /// How short memory was when that was last published.
     pub(super) level: Level,
+    /// Whether a lease is shown as it was too long ago.
+    pub(super) late: bool,
     pub(super) ending: bool,
     pub(super) lost: bool,
 }
@@ -128,6 +130,7 @@ impl Daemon {
             turns: Turns::default(),
             said: String::new(),
             level: Level::Calm,
+            late: false,
             ending: false,
             lost: false,
         };
@@ -262,7 +265,11 @@ impl Daemon {
     pub(super) fn read(&mut self) -> Machine {
         let mut machine = self.parts.ports.observe();
         let ports = &self.parts.ports;
-        self.leases.show(&mut machine, |pid, others| ports.measure(pid, others));
+        let measure = |pid: u32, others: &BTreeSet<u32>| {
+            let begun = Instant::now();
+            (ports.measure(pid, others), begun.elapsed())
+        };
+        self.late = self.leases.show(&mut machine, Instant::now(), measure);
         machine
     }
 
@@ -295,6 +302,10 @@ impl Daemon {
                 other => self.outbox.push_back(other),
             }
         }
+        if self.late {
+            let soon = Time::now() + CATCH_UP;
+            self.wake = Some(self.wake.map_or(soon, |wake| wake.min(soon)));
+        }
         let due = self.wake.map(|wake| wake.saturating_duration_since(Time::now()));
         let due = due.unwrap_or(Duration::MAX).min(self.interval());
         self.parts.ports.stand_by(self.core.last_resort(&machine), due);
@@ -312,10 +323,18 @@ impl Daemon {
         }
     }
 
-    /// Carries out what is decided, in order, up to the first thing that has to be saved.
+    /// Carries out what is decided, in order, up to the first thing that has to be saved. A kill waits for no disk: at
+    /// worst the daemon dies in between, and the killed model is owed no return.
     fn flush(&mut self) {
-        while self.saving.is_none() {
-            let Some(action) = self.outbox.pop_front() else { return };
+        loop {
+            let action = match self.saving {
+                None => self.outbox.pop_front(),
+                Some(_) => {
+                    let kill = |action: &Action| matches!(action, Action::Perform(_, Effect::Kill(_)));
+                    self.outbox.iter().position(kill).and_then(|n| self.outbox.remove(n))
+                }
+            };
+            let Some(action) = action else { return };
             match action {
                 Action::Save(saved) => {
                     self.save(Durable { saved: *saved, mode: self.mode, leases: self.leases.saved() });

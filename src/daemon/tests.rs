@@ -339,6 +339,26 @@ fn who_was_killed_by_the_last_rung_is_said_and_stopped() {
 }
 
 #[test]
+fn a_kill_does_not_wait_for_the_disk() {
+    bench(&[("a", UnitState::Activating)], |bench| async move {
+        bench.handle.admit(asker("a"), Vec::new(), BTreeMap::new(), BTreeMap::new()).await.unwrap();
+        bench.fake.lock.set(true);
+        bench.fake.killed.lock().unwrap().push((name("a"), Bytes::mib(20)));
+        bench.inputs.send(Input::Killed).unwrap();
+        let log = || bench.fake.log.lock().unwrap().clone();
+        let killed = async {
+            while !log().contains(&"kill a".to_owned()) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let in_time = tokio::time::timeout(Duration::from_secs(20), killed).await;
+        let saves = log().iter().filter(|what| what.starts_with("save")).count();
+        bench.fake.lock.set(false);
+        assert!(in_time.is_ok() && saves == 1, "{:?}", log());
+    });
+}
+
+#[test]
 fn how_short_memory_is_is_published_when_it_changes_and_only_then() {
     bench(&[("a", UnitState::Activating)], |mut bench| async move {
         let rulebook = Rulebook { ladder: true, reserve: Some(Bytes::gib(2)), ..Rulebook::default() };

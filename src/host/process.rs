@@ -17,12 +17,23 @@ impl Host {
     /// When process `pid` started, in clock ticks since boot. With the pid it identifies a process
     /// for as long as the machine is up, where no pidfd can be kept (across a restart).
     pub fn start_time(&self, pid: u32) -> Result<u64, HostError> {
-        let path = format!("/proc/{pid}/stat");
-        let text = self.read(&path)?;
-        // The name in parentheses may hold anything, also parentheses and spaces: field 22 is the
-        // 20th after the last of them.
-        let start = text.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19)?.parse().ok());
-        start.ok_or_else(|| self.content(&path, "when the process started"))
+        self.stat(pid, 22)?
+            .ok_or_else(|| self.content(&format!("/proc/{pid}/stat"), "when the process started"))
+    }
+
+    /// Where the stack of process `pid` began. The kernel draws that anew with each execve(2) and leaves it with each
+    /// fork(2), so that a process whose stack began where its parent's did has inherited its memory. None where it
+    /// can't be read.
+    pub(super) fn start_stack(&self, pid: u32) -> Option<u64> {
+        // 0 and 1 are said of processes that one may not look into.
+        self.stat(pid, 28).ok().flatten().filter(|address| *address > 1)
+    }
+
+    /// A numbered field of /proc/PID/stat behind the name; see proc_pid_stat(5).
+    fn stat(&self, pid: u32, number: usize) -> Result<Option<u64>, HostError> {
+        let text = self.read(&format!("/proc/{pid}/stat"))?;
+        // The name in parentheses may hold anything, also parentheses and spaces: the third field follows the last of them.
+        Ok(text.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(number - 3)?.parse().ok()))
     }
 
     /// The control group (version 2) that process `pid` is in.

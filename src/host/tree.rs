@@ -1,6 +1,6 @@
 //! What a process and all that it has started hold.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Card, Host};
 use crate::bytes::{Bytes, KIB};
@@ -17,14 +17,19 @@ impl Host {
     /// and `others` with what is below them are not.
     #[must_use]
     pub fn tree(&self, pid: u32, others: &BTreeSet<u32>) -> Vec<u32> {
+        self.family(pid, others).into_iter().map(|(pid, _)| pid).collect()
+    }
+
+    /// The same, each with its parent; the first one's is 0.
+    fn family(&self, pid: u32, others: &BTreeSet<u32>) -> Vec<(u32, u32)> {
         let mut tree = Vec::new();
         let mut seen = others.clone();
         seen.insert(pid);
-        let mut next = vec![pid];
+        let mut next = vec![(pid, 0)];
         let mut asked = 0;
-        while let Some(pid) = next.pop() {
+        while let Some((pid, parent)) = next.pop() {
             let Ok(threads) = std::fs::read_dir(self.path(&format!("/proc/{pid}/task"))) else { continue };
-            tree.push(pid);
+            tree.push((pid, parent));
             if tree.len() == PROCESSES {
                 break;
             }
@@ -35,7 +40,7 @@ impl Host {
                     self.read_if_there(&format!("/proc/{pid}/task/{thread}/children")).ok().flatten();
                 let children = children.unwrap_or_default();
                 let children = children.split_whitespace().filter_map(|child| child.parse::<u32>().ok());
-                next.extend(children.filter(|child| seen.insert(*child)));
+                next.extend(children.filter(|child| seen.insert(*child)).map(|child| (child, pid)));
             }
         }
         tree
@@ -45,10 +50,11 @@ impl Host {
     /// themselves, and as the processes' own files say otherwise.
     #[must_use]
     pub fn measured_tree(&self, pid: u32, others: &BTreeSet<u32>, cards: &[Card]) -> Measured {
-        let tree = self.tree(pid, others);
-        if tree.is_empty() {
+        let family = self.family(pid, others);
+        if family.is_empty() {
             return Measured::default();
         }
+        let tree: Vec<u32> = family.iter().map(|(pid, _)| *pid).collect();
         let own = self.group_of(pid).ok().filter(|group| {
             let all = self.processes(group).unwrap_or_default();
             !all.is_empty() && all.iter().all(|pid| tree.contains(pid))
@@ -58,10 +64,17 @@ impl Host {
         }
         let mut measured = Measured::default();
         let mut shared = Bytes::ZERO;
-        for pid in &tree {
+        // What each has, and where its stack began.
+        let mut seen: BTreeMap<u32, (Bytes, Option<u64>)> = BTreeMap::new();
+        for (pid, parent) in &family {
             let status =
                 self.read_if_there(&format!("/proc/{pid}/status")).ok().flatten().unwrap_or_default();
-            measured.private += field(&status, "RssAnon:");
+            let (anon, stack) = (field(&status, "RssAnon:"), self.start_stack(*pid));
+            // One that was forked and runs nothing else still shares its parent's pages, which both are said to have:
+            // only what it has beyond that is its own for certain.
+            let inherited = seen.get(parent).filter(|(_, of)| stack.is_some() && *of == stack);
+            measured.private += anon - inherited.map_or(Bytes::ZERO, |(anon, _)| *anon);
+            seen.insert(*pid, (anon, stack));
             measured.swapped += field(&status, "VmSwap:");
             // Mostly the same pages in each of them: counted once rather than too often, for what is counted here
             // is taken off what the system uses.
@@ -99,6 +112,40 @@ mod tests {
         std::fs::write(root.join(format!("proc/{pid}/status")), status).unwrap();
         let group = root.join(format!("proc/{pid}/cgroup"));
         std::fs::write(group, "0::/user.slice/session-1.scope\n").unwrap();
+    }
+
+    #[test]
+    fn what_forked_ones_inherited_counts_once() {
+        let root = std::env::temp_dir().join(format!("plimsoll-forked-{}", std::process::id()));
+        let stack = |pid: u32, address: u64| {
+            let stat = format!("{pid} (a ) b) S{} {address} 0 0", " 0".repeat(24));
+            std::fs::write(root.join(format!("proc/{pid}/stat")), stat).unwrap();
+        };
+        process(&root, 10, "11 12 13 14", 1000, 0);
+        stack(10, 0x7ffd_0000);
+        // Forked: one that has written nothing, and one that has 200 of its own.
+        process(&root, 11, "", 1000, 0);
+        stack(11, 0x7ffd_0000);
+        process(&root, 12, "", 1200, 0);
+        stack(12, 0x7ffd_0000);
+        // One that runs another program, and one that nothing is known of.
+        process(&root, 13, "", 300, 0);
+        stack(13, 0x7fff_0000);
+        process(&root, 14, "", 40, 0);
+        let measured = Host::at(&root).measured_tree(10, &BTreeSet::new(), &[]);
+        assert_eq!(measured.private, Bytes((1000 + 200 + 300 + 40) * KIB));
+        std::fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn a_forked_child_is_told_from_one_that_runs_a_program() {
+        let host = Host::at(Path::new("/"));
+        let own = host.start_stack(std::process::id());
+        let mut child = std::process::Command::new("/bin/sleep").arg("600").spawn().unwrap();
+        let other = host.start_stack(child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(own.is_some() && other.is_some() && own != other, "{own:?} {other:?}");
     }
 
     #[test]
