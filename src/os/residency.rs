@@ -59,8 +59,8 @@ pub fn resident_bytes(file: &File) -> Result<Bytes, ResidencyError> {
     let pages = match cachestat(file.as_raw_fd()) {
         Ok(pages) => pages,
         Err(error) => match error.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => return Err(ResidencyError::NotPermitted),
-            Some(libc::ENOSYS | libc::EOPNOTSUPP) => {
+            Some(libc::EPERM | libc::EACCES) if !is_filtered() => return Err(ResidencyError::NotPermitted),
+            Some(libc::EPERM | libc::EACCES | libc::ENOSYS | libc::EOPNOTSUPP) => {
                 if !mincore_is_true(&metadata) {
                     return Err(ResidencyError::NotPermitted);
                 }
@@ -70,6 +70,12 @@ pub fn resident_bytes(file: &File) -> Result<Bytes, ResidencyError> {
         },
     };
     Ok(Bytes(pages.saturating_mul(page_size()).min(metadata.len())))
+}
+
+/// Whether it is a filter that says no to cachestat(2) rather than the kernel, which would say that there is no such
+/// file: systemd before 254 has a filter answer so for calls that its libseccomp does not know.
+fn is_filtered() -> bool {
+    cachestat(-1).is_err_and(|error| matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES)))
 }
 
 /// The size of a page; bytes.

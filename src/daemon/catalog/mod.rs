@@ -441,8 +441,12 @@ impl Catalog for RealCatalog {
                     let kept = streams.then(|| pricing.always_touched(&settings)).transpose();
                     (settings, kept.map_err(config_error)?)
                 }
-                // Its size is unknown or declared: the engine gets what is configured, as it is.
-                _ => (effective.settings.clone(), None),
+                // Its size is unknown or declared: the engine gets what is configured, but for the context that was
+                // asked for.
+                _ => {
+                    let context = wish.context.unwrap_or(effective.settings.context);
+                    (Settings { context, ..effective.settings.clone() }, None)
+                }
             };
             // Of an image `plimsoll run` makes podman's command line, for which one has to look at the machine as root.
             let executable = engine::locate(model, &subject.settings).map_err(config_error)?.word();

@@ -111,7 +111,7 @@ struct Eaters {
 impl Eaters {
     /// Whether it is time for another look: each reads a file of every group, and wakes the loop when it is done.
     fn is_due(&self, now: Instant) -> bool {
-        let pause = GROWTH.max(self.took * SPARED);
+        let pause = GROWTH.max((self.took * SPARED).min(STALE));
         !self.looking && self.seen.as_ref().is_none_or(|(then, _)| now.duration_since(*then) >= pause)
     }
 
@@ -290,19 +290,21 @@ fn listen(file: File, kind: Kind, inputs: &UnboundedSender<Input>) -> Option<Joi
 /// Looks at who holds what, twice where the last look is too long ago.
 fn look_for_eater(host: &Host, eaters: &Mutex<Eaters>, inputs: &UnboundedSender<Input>) {
     let lock = || eaters.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut again = false;
     loop {
         let begun = Instant::now();
         let held = host.held_by_groups(MODELS).into_iter().collect();
         let now = Instant::now();
         let mut eaters = lock();
-        let first = eaters.seen.as_ref().is_none_or(|(then, _)| now.duration_since(*then) >= STALE);
+        let first = eaters.seen.as_ref().is_none_or(|(then, _)| begun.duration_since(*then) >= STALE);
         eaters.take(now, now.duration_since(begun), held);
-        if !first {
+        if !first || again {
             eaters.looking = false;
             // Whoever waits to name it looks again.
             let _ = inputs.send(Input::Changed);
             return;
         }
+        again = true;
         drop(eaters);
         std::thread::sleep(GROWTH);
     }
