@@ -66,6 +66,17 @@ fn apu() -> Gpu {
 }
 
 #[test]
+fn where_nothing_else_bounds_it_the_context_that_was_asked_for_is_run() {
+    // Its size is declared, so that no rung was priced; of an unknown one there is none either.
+    let root = Root::new("Qwen3-Coder-30B-A3B-Q8_0", "context = 65536\nmemory = \"40GiB\"\n");
+    let (catalog, rung) = (root.catalog(), Rung::default());
+    assert_eq!(flag(&catalog, &rung, &[], "--ctx-size"), "65536");
+    let asked = Wish { context: Some(4096), ..wish("m") };
+    let argv = catalog.launch(&asked, &rung, &[]).unwrap().argv.join(" ");
+    assert!(argv.contains("--ctx-size 4096"), "{argv}");
+}
+
+#[test]
 fn a_ladder_descends_and_what_is_priced_is_what_is_run() {
     let root = Root::new("Qwen3-Coder-30B-A3B-Q8_0", "context = 65536\ncontext-min = 16384\n");
     let catalog = root.catalog();
