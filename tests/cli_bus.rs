@@ -88,6 +88,24 @@ fn models_are_loaded_make_room_and_are_refused() {
 }
 
 #[test]
+fn top_shows_the_status_as_often_as_it_is_asked_to() {
+    let Some(machine) = Simulated::start(SCENARIO) else { return };
+    let text = machine.ok(&["top", "-n", "2", "--interval", "1"]);
+    assert_eq!(text.matches("No model runs.").count(), 2, "{text}");
+    assert!(!text.contains('\u{1b}'), "no terminal");
+    let lines = machine.ok(&["top", "-n", "2", "-d", "1", "--json"]);
+    let modes: Vec<serde_json::Value> =
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(modes.len() == 2 && modes.iter().all(|status| status["mode"] == "enforce"), "{lines}");
+    // Whoever reads goes away after the first: it ends, though nobody said how often.
+    let mut endless = machine.command(&["top", "-d", "1"]);
+    let mut child = endless.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    assert!(child.wait().unwrap().success());
+    machine.fails(&["top", "--bus", "unix:path=/nowhere"], 69);
+}
+
+#[test]
 fn who_is_stopped_comes_back_unless_told_otherwise() {
     let Some(machine) = Simulated::start(SCENARIO) else { return };
     let said = |name: &str| machine.json(&["status", name])["message"].as_str().unwrap().to_owned();

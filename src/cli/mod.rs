@@ -28,6 +28,7 @@ mod remote;
 mod run;
 mod status;
 mod swap;
+mod top;
 mod user;
 mod validate;
 mod verbs;
@@ -97,6 +98,7 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Verb::Load(args) => load::load(common, &args),
         Verb::Unload(args) => load::unload(common, &args),
         Verb::Status(args) => status::status(common, &args),
+        Verb::Top(args) => top::top(common, &args),
         Verb::List(args) => status::list(common, &args),
         Verb::Explain(args) => explain::explain(common, &args),
         Verb::Log(args) => log::log(&args),

@@ -40,7 +40,7 @@ pub(super) fn list(common: &Common, args: &List) -> Result<(), Failure> {
 }
 
 /// The daemon's answer, as it came: what --json prints is not filtered through this version.
-fn fetch(common: &Common) -> Result<Value, Failure> {
+pub(super) fn fetch(common: &Common) -> Result<Value, Failure> {
     let text = super::block_on(async {
         let client = super::connect(common).await?;
         super::answer(client.manager().status()).await
@@ -48,7 +48,7 @@ fn fetch(common: &Common) -> Result<Value, Failure> {
     serde_json::from_str(&text).map_err(unreadable)
 }
 
-fn read(value: Value) -> Result<Status, Failure> {
+pub(super) fn read(value: Value) -> Result<Status, Failure> {
     serde_json::from_value(value).map_err(unreadable)
 }
 
@@ -75,7 +75,7 @@ fn find(status: &Value, name: &str) -> Result<Value, Failure> {
 }
 
 /// Everything at a glance, 80 columns wide.
-fn overview(status: &Status, painter: Painter) -> String {
+pub(super) fn overview(status: &Status, painter: Painter) -> String {
     let mut out = String::new();
     let mode = if status.mode == "enforce" { Style::Plain } else { Style::Yellow };
     let _ = writeln!(out, "plimsolld {}, mode {}\n", status.version, painter.paint(mode, &status.mode));

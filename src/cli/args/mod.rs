@@ -90,6 +90,7 @@ pub enum Verb {
     Load(Load),
     Unload(Unload),
     Status(Status),
+    Top(Top),
     List(List),
     Explain(Explain),
     Log(Log),
@@ -244,6 +245,21 @@ pub struct Status {
     #[arg(value_name = "NAME")]
     pub name: Option<String>,
     /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Show the overview of 'status' again and again, until Ctrl-C
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  plimsoll top\n  plimsoll top --interval 10 --json >> status.jsonl")]
+pub struct Top {
+    /// Seconds between two looks
+    #[arg(short = 'd', long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub interval: u64,
+    /// End after so many looks
+    #[arg(short = 'n', long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
+    /// Print JSON, one object a line
     #[arg(long)]
     pub json: bool,
 }
