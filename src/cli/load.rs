@@ -73,20 +73,25 @@ pub(super) fn unload(common: &Common, args: &Unload) -> Result<(), Failure> {
 }
 
 /// Waits for the end of `job`, showing its progress. Should the daemon go away, the unit's job
-/// goes on in systemd: then the model's state is watched instead, until it is `goal`.
+/// goes on in systemd: then the model's state is watched instead, until it is `goal`. `asked` may be an alias.
 async fn follow(
     client: &Client,
     job: &OwnedObjectPath,
     removed: &mut JobRemovedStream,
-    name: &str,
+    asked: &str,
     goal: &str,
 ) -> Result<(), Failure> {
     let mut shown = Progress::new();
+    let mut instance = asked.to_owned();
     let mut owners = client.manager().inner().receive_owner_changed().await.map_err(CallError::from)?;
     // A job that is over already has no object any more; its end is in the stream of signals.
     let proxy = client.job(job).await.ok();
     let mut changes = match &proxy {
         Some(proxy) => {
+            // The status and the unit know the model by its own name only.
+            if let Ok(name) = proxy.instance().await {
+                instance = name;
+            }
             if let Ok(text) = proxy.progress().await {
                 shown.show(&text);
             }
@@ -108,7 +113,7 @@ async fn follow(
                 let args = signal.args().map_err(CallError::from)?;
                 if args.job == *job {
                     shown.clear();
-                    return ended(name, &args.result, &args.message);
+                    return ended(&args.instance, &args.result, &args.message);
                 }
             }
             change = change => match change {
@@ -123,7 +128,7 @@ async fn follow(
         }
     }
     shown.show("the daemon went away; the job goes on in systemd");
-    watch(client, name, goal, &mut shown).await
+    watch(client, &instance, goal, &mut shown).await
 }
 
 fn ended(name: &str, result: &str, message: &str) -> Result<(), Failure> {
@@ -173,8 +178,13 @@ async fn state(client: &Client, name: &str) -> Result<String, CallError> {
     let text = client.manager().status().await?;
     let status: Status =
         serde_json::from_str(&text).map_err(|error| CallError::Protocol(error.to_string()))?;
-    let model = status.models.into_iter().find(|model| model.instance == name);
-    Ok(model.map(|model| model.state).unwrap_or_default())
+    Ok(state_in(status, name))
+}
+
+/// A model that is not listed does not run: of further instances only those are that live or have failed.
+fn state_in(status: Status, instance: &str) -> String {
+    let model = status.models.into_iter().find(|model| model.instance == instance);
+    model.map_or_else(|| "inactive".to_owned(), |model| model.state)
 }
 
 async fn explain(client: &Client, name: &str) -> Option<Decision> {
@@ -204,6 +214,7 @@ fn duration(time: Duration) -> String {
 mod tests {
     use super::*;
     use crate::bytes::Bytes;
+    use crate::dbus::report::Model;
 
     #[test]
     fn results_of_jobs_become_exit_codes() {
@@ -214,6 +225,14 @@ mod tests {
         let failed = ended("a", "failed", "").unwrap_err();
         assert_eq!((failed.exit, failed.message.as_str()), (Exit::Failed, "a failed to load"));
         assert!(failed.hint.is_some_and(|hint| hint.contains("journalctl")));
+    }
+
+    #[test]
+    fn what_is_not_listed_does_not_run() {
+        let model = Model { instance: "x".into(), state: "running".into(), ..Model::default() };
+        let status = || Status { models: vec![model.clone()], ..Status::default() };
+        assert_eq!(state_in(status(), "x"), "running");
+        assert_eq!(state_in(status(), "x@2"), "inactive");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `plimsoll log`: the decisions of the past, from the journal.
 
 use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
@@ -9,7 +10,7 @@ use super::args::Log;
 use super::failure::{Exit, Failure};
 use super::output::{self, Painter, Style};
 use super::verbs::verdict_style;
-use crate::config::{Instance, NameError};
+use crate::config::{self, Instance, NameError};
 use crate::daemon::journal::message_id;
 use crate::os::local_time;
 use crate::policy::decision::Kind;
@@ -24,8 +25,7 @@ const SHOWN: u32 = 50;
 const COMPLAINTS: u64 = 64 * 1024;
 
 pub(super) fn log(args: &Log) -> Result<(), Failure> {
-    let named = args.name.as_deref().map(str::parse::<Instance>).transpose();
-    let named = named.map_err(|error: NameError| Failure::usage(error.to_string()))?;
+    let named = args.name.as_deref().map(|name| meant(name, Path::new("/"))).transpose()?;
     let painter = Painter::stdout();
     let show = |entry: &Value| match args.json {
         true => output::print(&as_json(entry).to_string()),
@@ -41,13 +41,22 @@ pub(super) fn log(args: &Log) -> Result<(), Failure> {
         args.since.as_deref(),
         show,
     )?;
-    if shown == 0 && !JOURNALS.iter().any(|directory| std::path::Path::new(directory).is_dir()) {
+    if shown == 0 && !JOURNALS.iter().any(|directory| Path::new(directory).is_dir()) {
         return Err(no_journal());
     }
     if shown == 0 && !args.json {
         output::eprint("The journal has no such decision.");
     }
     Ok(())
+}
+
+/// The instance of a name or alias: the journal has names only. What is not configured any more may still be there.
+fn meant(name: &str, root: &Path) -> Result<Instance, Failure> {
+    let named: Instance = name.parse().map_err(|error: NameError| Failure::usage(error.to_string()))?;
+    // A lease is never called by an alias.
+    let configured = (!named.lease).then(|| config::load(root));
+    let instance = configured.and_then(|loaded| Some(loaded.instance(name).ok()?.0));
+    Ok(instance.unwrap_or(named))
 }
 
 /// journalctl's arguments: decisions of the daemon only, for anybody may write fields of any name.
@@ -233,6 +242,22 @@ mod tests {
             assert!(matches.contains(&field.to_owned()));
             assert_eq!(matches.iter().filter(|m| m.starts_with("MESSAGE_ID=")).count(), Kind::ALL.len());
         }
+    }
+
+    #[test]
+    fn an_alias_is_asked_for_by_the_models_name() {
+        let root = std::env::temp_dir().join(format!("plimsoll-log-{}", std::process::id()));
+        let models = root.join("etc/plimsoll/models.d");
+        std::fs::create_dir_all(&models).unwrap();
+        let text = "command = [\"/bin/true\"]\nmemory = \"1GiB\"\nport = 8001\naliases = [\"deepseek\"]\n";
+        std::fs::write(models.join("deepseek-tq1.toml"), text).unwrap();
+        let name = |text: &str| meant(text, &root).map(|instance| instance.to_string());
+        let got = ["deepseek", "deepseek@2", "deepseek-tq1", "gone", "lease:deepseek"].map(name);
+        let wrong = name("no name").unwrap_err().exit;
+        std::fs::remove_dir_all(&root).unwrap();
+        let expected = ["deepseek-tq1", "deepseek-tq1@2", "deepseek-tq1", "gone", "lease:deepseek"];
+        assert_eq!(got, expected.map(|name| Ok(name.to_owned())));
+        assert_eq!(wrong, Exit::Usage);
     }
 
     #[test]
