@@ -155,6 +155,12 @@ fn contradictions_name_both_sides() {
             "engine-args = [\"-hf\", \"ggml-org/x\"]\n",
             "-hf would make the engine download a model: download it, and name the file in 'model'",
         ),
+        (
+            "environment = { LLAMA_ARG_SPEC_DRAFT_HF_REPO = \"ggml-org/x\" }\n",
+            "'m' can't be started with its settings (/etc/plimsoll/models.d/m.toml): LLAMA_ARG_SPEC_DRAFT_HF_REPO would \
+             make the engine download a model: download it, and name the file of a draft model in 'draft-model', or \
+             with --spec-draft-model FILE",
+        ),
     ] {
         let error = engine::effective(&root.model(&format!("{MODEL}{text}")), &BTreeMap::new()).unwrap_err();
         assert_eq!(error.to_string(), expected);

@@ -112,10 +112,36 @@ fn near_misses_get_the_right_spelling() {
         ("-ot exps", "PATTERN=BUFFER"),
         ("stray", "'stray'"),
         ("--draft-max 4", "removed"),
+        ("-hfd a/b", "-hfd would make the engine download a model"),
+        ("--hf-repo-draft a/b", "draft-model"),
+        ("-mmu https://x/p.gguf", "--mmproj FILE"),
+        ("--gpt-oss-20b-default", "write what it sets"),
     ] {
         let error = read(line, &[]).unwrap_err().to_string();
         assert!(error.contains(expected), "{line}: {error}");
     }
+}
+
+#[test]
+fn flags_that_stand_for_others_are_read_as_those() {
+    let spec = read("--spec-default", &[]).unwrap();
+    let spelled = read("--spec-type ngram-mod --spec-ngram-mod-n-max 64", &[]).unwrap();
+    assert_eq!(spec.settings, spelled.settings);
+    assert_eq!(spec.settings.drafted(), 64);
+    assert!(spec.origins.contains_key("spec-type"));
+    // As in a command line, what comes later wins.
+    let fewer = read("--spec-default --spec-ngram-mod-n-max 8", &[]).unwrap();
+    assert_eq!(fewer.settings.drafted(), 8);
+    // Each preset of a model, and nothing else, brings a model of its own.
+    for flag in plimsoll::fit::flags::FLAGS {
+        let name = flag.name();
+        let preset = name != "--spec-default" && (name.ends_with("-default") || name.ends_with("b-spec"));
+        assert_eq!(plimsoll::fit::flags::PRESETS.contains(&name), preset, "{name}");
+        assert!(!preset || read(name, &[]).is_err(), "{name}");
+    }
+    let by_variable = read("", &[("LLAMA_ARG_SPEC_DRAFT_HF_REPO", "a/b")]).unwrap_err().to_string();
+    assert!(by_variable.starts_with("LLAMA_ARG_SPEC_DRAFT_HF_REPO would make"), "{by_variable}");
+    assert!(read("", &[("LLAMA_ARG_MMPROJ_URL", "https://x/p.gguf")]).is_err());
 }
 
 /// One model of each kind: plain with experts, latent, windowed, recurrent.

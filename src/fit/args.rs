@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use super::flags::{FLAGS, Flag, Takes};
+use super::flags::{FLAGS, Flag, PRESETS, Takes};
 use super::settings::{FlashAttention, GpuLayers, LoadMode, Override, Settings, SplitMode};
 use crate::gguf::TensorType;
 
@@ -45,6 +45,16 @@ pub enum ArgError {
     NotAFlag {
         /// The flag as spelled.
         flag: String,
+        /// What to write.
+        advice: String,
+    },
+    /// A flag of llama-server that would load, or set, what nothing is known about here.
+    #[error("{source_name} would {does}: {advice}")]
+    Unseen {
+        /// The flag or variable.
+        source_name: String,
+        /// What it would have the engine do.
+        does: &'static str,
         /// What to write.
         advice: String,
     },
@@ -305,6 +315,18 @@ pub const CACHE_TYPES: [TensorType; 9] = [
     TensorType::Q5_1,
 ];
 
+/// How many tokens `--spec-default` has ngram-mod draft at the most.
+const SPEC_DEFAULT_TOKENS: u32 = 64;
+
+/// A model that is loaded beside the model, and that the engine would download.
+fn companion(source: &str, what: &str, key: &str, flag: &str) -> ArgError {
+    ArgError::Unseen {
+        source_name: source.to_owned(),
+        does: "make the engine download a model",
+        advice: format!("download it, and name the file of {what} in '{key}', or with {flag} FILE"),
+    }
+}
+
 /// Applies one flag or variable.
 #[allow(clippy::too_many_lines)] // one match, one line for each flag
 fn apply(
@@ -445,6 +467,27 @@ fn apply(
         "--host" => p.host = Some(v.value.to_owned()),
         "--port" => p.port = Some(v.number("a port")?),
         "--alias" => p.alias = Some(v.value.to_owned()),
+        // What a companion takes is to be seen in its file only.
+        "--spec-draft-hf" => {
+            return Err(companion(source, "a draft model", "draft-model", "--spec-draft-model"));
+        }
+        "--mmproj-url" => return Err(companion(source, "a projector", "mmproj", "--mmproj")),
+        "--spec-default" => {
+            s.speculative = vec!["ngram-mod".to_owned()];
+            s.ngram_tokens.insert("ngram-mod".to_owned(), SPEC_DEFAULT_TOKENS);
+            for name in ["spec-type", "spec-ngram-mod-n-max"] {
+                p.origins.insert(name.to_owned(), origin.clone());
+            }
+            return Ok(());
+        }
+        preset if PRESETS.contains(&preset) => {
+            return Err(ArgError::Unseen {
+                source_name: source.clone(),
+                does: "choose a model to download, with its port, context and batches",
+                advice: "download the model, name its file, and write what it sets (llama-server --help)"
+                    .to_owned(),
+            });
+        }
         "--model-url" | "--hf-repo" | "--docker-repo" => p.download = Some(v.value.to_owned()),
         "--chat-template-file"
         | "--grammar-file"

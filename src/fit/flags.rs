@@ -59,6 +59,21 @@ const fn f(names: &'static str, negative: &'static str, takes: Takes, variable: 
 
 use Takes::{Nothing, One, Removed, Switch, Two};
 
+/// The flags that stand for a whole command line: a model of a repository, its port, context, batches and slots.
+pub const PRESETS: [&str; 11] = [
+    "--embd-gemma-default",
+    "--fim-qwen-1.5b-default",
+    "--fim-qwen-3b-default",
+    "--fim-qwen-7b-default",
+    "--fim-qwen-7b-spec",
+    "--fim-qwen-14b-spec",
+    "--fim-qwen-30b-default",
+    "--gpt-oss-20b-default",
+    "--gpt-oss-120b-default",
+    "--vision-gemma-4b-default",
+    "--vision-gemma-12b-default",
+];
+
 /// Every flag that llama-server has.
 #[rustfmt::skip]
 pub const FLAGS: &[Flag] = &[
