@@ -354,6 +354,29 @@ fn configured_with_tool(scratch: &Scratch, answer: &str) -> String {
 }
 
 #[test]
+fn what_stands_behind_the_dashes_wins_over_a_models_keys() {
+    let scratch = Scratch::new("dashes");
+    let root = configured_with_tool(&scratch, "exit 1");
+    let file = scratch.0.join("root/etc/plimsoll/models.d/m.toml");
+    let text = std::fs::read_to_string(&file).unwrap() + "cache-type-k = \"f16\"\nprompt-cache = \"auto\"\n";
+    std::fs::write(&file, &text).unwrap();
+    let fit = ["fit", "m", "--root", &root, "--ram", "64GiB", "--json", "--"];
+    let settings = |more: &[&str]| {
+        let output = plimsoll(&[&fit[..], more].concat());
+        assert_eq!(output.status.code(), Some(0), "{more:?}: {}", stderr(&output));
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        answer["settings"].clone()
+    };
+    let with = settings(&["-ctk", "q8_0", "-cram", "0"]);
+    assert_eq!(with["cache-type-k"]["value"], "q8_0", "{with}");
+    assert!(with["cache-type-k"]["source"].as_str().unwrap().starts_with("-ctk"), "{with}");
+    assert_eq!(settings(&["-ub", "256"])["cache-type-k"]["value"], "f16");
+    // What the model contradicts itself in is still said.
+    std::fs::write(&file, text + "engine-args = [\"-ctk\", \"q5_0\"]\n").unwrap();
+    fails(&[&fit[..], &["-ctk", "q8_0"]].concat(), 78, "remove one of them");
+}
+
+#[test]
 fn fit_asks_for_a_second_opinion() {
     let scratch = Scratch::new("check");
     let root = configured_with_tool(&scratch, "echo log >&2; echo 'Host 14146 800 200'");

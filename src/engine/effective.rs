@@ -78,6 +78,22 @@ pub struct Effective {
     pub(super) rest: Vec<String>,
 }
 
+impl Effective {
+    /// `model` with more arguments behind its own. Its keys give way to these rather than contradict them.
+    #[must_use]
+    pub fn with_arguments(model: &Model, more: &[String]) -> Model {
+        let mut with = model.clone();
+        let names: Vec<&str> = words::split(more).iter().filter_map(|word| word.name).collect();
+        for (key, flag, _) in keys_as_flags(model) {
+            if let Some(given) = with.given.get_mut(key).filter(|_| names.contains(&flag)) {
+                given.inherited = true;
+            }
+        }
+        with.engine_args.extend(more.iter().cloned());
+        with
+    }
+}
+
 /// Flags that [`super::Launch::llama_server`] spells out itself.
 const SPELLED_OUT: [&str; 20] = [
     "--model",

@@ -229,9 +229,11 @@ impl Subject {
                 "'{name}' runs a command of its own, whose memory is declared rather than estimated{size}"
             )));
         };
-        // What stands behind `--` comes last, and so wins.
-        let mut model_with = model.clone();
-        model_with.engine_args.extend(arguments.iter().cloned());
+        // What stands behind `--` comes last, and so wins. What the model says itself has to be right without it.
+        if !arguments.is_empty() {
+            engine::effective(model, variables).map_err(wrong)?;
+        }
+        let model_with = engine::Effective::with_arguments(model, arguments);
         let effective = engine::effective(&model_with, variables).map_err(wrong)?;
         let needed = engine::files(&model_with, Some(&effective)).map_err(wrong)?;
         let headers = Model::open(file).map_err(|error| Failure::config(error.to_string()))?;
