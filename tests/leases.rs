@@ -335,6 +335,15 @@ fn a_lease_ends_as_its_command_does() {
     until("it is held", || leases(&machine) == ["lease:nap held"]);
     assert_eq!(end(&mut held), Some(143));
     until("the lease has ended", || leases(&machine).is_empty());
+    // One that nohup or a script has ignored does not end the command.
+    let script =
+        r#"trap "" HUP QUIT; exec "$0" lease 1GiB -- /bin/sh -c 'kill -HUP $PPID $$; kill -QUIT $$; exit 3'"#;
+    let mut shell = machine.command(&[]);
+    let of = shell.get_envs().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())));
+    let of: Vec<_> = of.collect();
+    shell = std::process::Command::new("/bin/sh");
+    shell.args(["-c", script, env!("CARGO_BIN_EXE_plimsoll")]).env_clear().envs(of);
+    assert_eq!(shell.stdin(Stdio::null()).stderr(Stdio::null()).status().unwrap().code(), Some(3));
     // Its holder may be killed at once.
     let mut held = machine.command(&["lease", "1GiB", "--", "/bin/sleep", "5"]).spawn().unwrap();
     until("it is held", || leases(&machine) == ["lease:sleep held"]);

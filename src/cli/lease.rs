@@ -87,8 +87,10 @@ fn hold(common: &Common, args: &Lease, name: &ModelName) -> Result<OwnedFd, Fail
 fn run(program: &Path, arguments: &[OsString]) -> Result<u8, Failure> {
     // What the command leaves behind stays below this process, and so within the lease.
     let _ = set_child_subreaper(true);
+    let ignored = ignored(&std::fs::read_to_string("/proc/self/status").unwrap_or_default());
     let mut signals = Vec::new();
-    for signal in PASSED {
+    // What is ignored here, as by nohup, the command is to ignore as well: a handler would be its default again.
+    for signal in PASSED.into_iter().filter(|signal| !is_in(ignored, *signal)) {
         signals.push((Some(signal), listen(signal)?));
     }
     signals.push((None, listen(Signal::SIGCHLD)?));
@@ -135,6 +137,16 @@ fn has_it_already(signal: Signal) -> bool {
     matches!(signal, Signal::SIGINT | Signal::SIGQUIT)
         && stdin.is_terminal()
         && tcgetpgrp(stdin.as_fd()).is_ok_and(|in_front| in_front == getpgrp())
+}
+
+/// The signals that a process ignores, of its `/proc/PID/status`: a bit for each. None where it does not say.
+fn ignored(status: &str) -> u64 {
+    let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or_default()
+}
+
+fn is_in(set: u64, signal: Signal) -> bool {
+    (set >> (signal as u32 - 1)) & 1 == 1
 }
 
 fn listen(signal: Signal) -> Result<UnixStream, Failure> {
@@ -199,6 +211,14 @@ mod tests {
         assert_eq!(name("./-my build!.sh"), "my-build-.sh");
         assert_eq!(name("/opt/ä"), "command");
         assert_eq!(name(&"x".repeat(90)).len(), LONGEST_NAME);
+    }
+
+    #[test]
+    fn ignored_signals_are_a_bit_each() {
+        let set =
+            ignored("SigBlk:\t0000000000000003\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000000002\n");
+        assert!(is_in(set, Signal::SIGHUP) && !is_in(set, Signal::SIGINT) && !is_in(set, Signal::SIGUSR2));
+        assert_eq!((ignored(""), ignored("SigIgn:\tnone\n")), (0, 0));
     }
 
     #[test]
