@@ -288,27 +288,38 @@ fn killers(running: &[Process]) -> Vec<Finding> {
     running.iter().map(killer).collect()
 }
 
-fn killer(process: &Process) -> Finding {
-    let spares = |flag: &str| {
-        let mut words = process.arguments.iter();
-        let mut next = || words.by_ref().find(|word| word.starts_with(flag)).cloned();
-        next().is_some_and(|word| {
-            word.contains("llama") || words.next().is_some_and(|next| next.contains("llama"))
-        })
+/// The value of a flag, of several the last one's, which is the one that counts.
+fn last_value<'a>(arguments: &'a [String], flag: &str) -> Option<&'a str> {
+    let value = |(at, word): (usize, &'a String)| match word.strip_prefix(flag)? {
+        "" => arguments.get(at + 1).map(String::as_str),
+        rest => rest.strip_prefix('='),
     };
+    arguments.iter().enumerate().filter_map(value).next_back()
+}
+
+fn killer(process: &Process) -> Finding {
+    let (avoid, ignore) =
+        (last_value(&process.arguments, "--avoid"), last_value(&process.arguments, "--ignore"));
+    let spared = [avoid, ignore].into_iter().flatten().any(|expression| expression.contains("llama"));
     match process.name.as_str() {
         "systemd-oomd" => Finding::note(
             "others",
             "systemd-oomd runs: llm@.service has ManagedOOMPreference=avoid, so that it looks for others first",
         ),
-        "earlyoom" if spares("--avoid") || spares("--ignore") => {
-            Finding::ok("others", "earlyoom runs, and spares the engines")
-        }
+        "earlyoom" if spared => Finding::ok("others", "earlyoom runs, and spares the engines"),
         "earlyoom" => Finding::problem(
             "others",
             "earlyoom runs, and takes the largest process first: a model",
-            "add --avoid '^(llama-server|plimsolld)$' to EARLYOOM_ARGS in /etc/default/earlyoom, and run \
-             'systemctl restart earlyoom' as root",
+            match avoid {
+                // A second one would take the place of the first, and of what that protects.
+                Some(expression) => format!(
+                    "put llama-server|plimsolld into the expression of --avoid ('{expression}') in EARLYOOM_ARGS in \
+                     /etc/default/earlyoom, which heeds one --avoid only, and run 'systemctl restart earlyoom' as root"
+                ),
+                None => "add --avoid '^(llama-server|plimsolld)$' to EARLYOOM_ARGS in /etc/default/earlyoom, and run \
+                         'systemctl restart earlyoom' as root"
+                    .to_owned(),
+            },
         ),
         "nohang" => Finding::note("others", "nohang runs, and prefers large processes").with_fix(
             "add '@BADNESS_ADJ_RE_NAME -500 /// ^(llama-server|plimsolld)$' to /etc/nohang/nohang.conf, and run \
@@ -353,5 +364,23 @@ mod tests {
         assert_eq!(earlyoom(&["earlyoom", "--avoid", "^(Xorg)$"]), Level::Problem);
         assert_eq!(earlyoom(&["earlyoom", "--avoid", "^(Xorg|llama-server)$"]), Level::Ok);
         assert_eq!(earlyoom(&["earlyoom", "--ignore=llama"]), Level::Ok);
+        assert_eq!(earlyoom(&["earlyoom", "--ignore-root-user", "llama"]), Level::Problem, "another flag");
+        // The last one counts.
+        let (xorg, llama) = ("^(Xorg)$", "^(llama-server)$");
+        assert_eq!(earlyoom(&["earlyoom", "--avoid", xorg, "--avoid", llama]), Level::Ok);
+        assert_eq!(earlyoom(&["earlyoom", "--avoid", llama, "--avoid", xorg]), Level::Problem);
+        assert_eq!(earlyoom(&["earlyoom", "--avoid"]), Level::Problem, "without a value");
+    }
+
+    #[test]
+    fn what_earlyoom_avoids_already_stays_avoided() {
+        let fix = |arguments: &[&str]| {
+            let arguments = arguments.iter().map(|word| (*word).to_owned()).collect();
+            killer(&Process { name: "earlyoom".to_owned(), arguments }).fix.unwrap()
+        };
+        let of_fedora = fix(&["earlyoom", "--prefer", "^(chromium)$", "--avoid", "(^|/)(gnome-shell)$"]);
+        assert!(of_fedora.contains("into the expression of --avoid ('(^|/)(gnome-shell)$')"), "{of_fedora}");
+        assert!(!of_fedora.contains("add --avoid"), "{of_fedora}");
+        assert!(fix(&["earlyoom", "-r", "3600"]).contains("add --avoid"));
     }
 }
