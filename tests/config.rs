@@ -65,6 +65,8 @@ fn names_lead_to_models() {
     let error = loaded.instance("deepsek").unwrap_err().to_string();
     assert_eq!(error, "there is no model 'deepsek'; did you mean 'deepseek'?");
     assert!(loaded.instance("../etc/passwd").is_err());
+    let error = loaded.instance("lease:deepseek").unwrap_err().to_string();
+    assert_eq!(error, "'lease:deepseek' is the name of a lease, and of no model");
 
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/config/command");
     let error = config::load(&root).instance("both").unwrap_err().to_string();

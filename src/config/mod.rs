@@ -68,6 +68,10 @@ impl Loaded {
     /// When no model is called so, or its configuration is wrong: one sentence that says which.
     pub fn instance(&self, text: &str) -> Result<(Instance, &Model), NotFound> {
         let mut asked: Instance = text.parse()?;
+        if asked.lease {
+            // The model of that name is another thing, with limits and a reservation of its own.
+            return Err(NotFound::Lease(asked));
+        }
         if let Some(name) = self.aliases.get(&asked.model) {
             asked.model = name.clone();
         }
@@ -103,6 +107,9 @@ pub enum NotFound {
     /// It is not even a name.
     #[error(transparent)]
     Name(#[from] NameError),
+    /// It means a lease.
+    #[error("'{0}' is the name of a lease, and of no model")]
+    Lease(Instance),
     /// Nothing is called so.
     #[error("there is no model '{name}'; {hint}")]
     Unknown {

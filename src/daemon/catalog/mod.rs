@@ -67,7 +67,9 @@ impl From<NotFound> for CatalogError {
     fn from(error: NotFound) -> Self {
         match error {
             NotFound::Broken { .. } => Self::Config(error.to_string()),
-            NotFound::Name(_) | NotFound::Unknown { .. } => Self::NotFound(error.to_string()),
+            NotFound::Name(_) | NotFound::Lease(_) | NotFound::Unknown { .. } => {
+                Self::NotFound(error.to_string())
+            }
         }
     }
 }
@@ -301,6 +303,7 @@ impl Catalog for RealCatalog {
     fn resolve(&self, text: &str) -> Result<Instance, CatalogError> {
         let (loaded, settings) = self.current();
         if let Ok(instance) = text.parse::<Instance>()
+            && !instance.lease
             && settings.adopted.contains_key(&instance.model)
         {
             return Ok(instance);
