@@ -118,13 +118,21 @@ pub trait Asking: Send + Sync {
     fn prove(&self, peer: Peer, instance: Instance) -> Proof<'_>;
 }
 
-/// That an instance is a model: what was adopted is started and stopped by whoever it belongs to.
-fn ours(instance: &Instance, verb: &str) -> Result<(), Fault> {
-    if !instance.is_foreign() {
+/// That an instance is a model: what was adopted is started and stopped by whoever it belongs to, which is done
+/// `otherwise`; and a lease is its holder's.
+fn ours(instance: &Instance, otherwise: impl FnOnce(&Instance) -> String) -> Result<(), Fault> {
+    let why = if instance.lease {
+        format!("{instance} is a lease, which ends with its holder")
+    } else if instance.is_foreign() {
+        format!("{instance} is a service of somebody else: {}", otherwise(instance))
+    } else {
         return Ok(());
-    }
-    let why = format!("{instance} is a service of somebody else: use 'systemctl {verb} {instance}'");
+    };
     Err(Fault::Catalog(CatalogError::NotFound(why)))
+}
+
+fn by_systemctl(verb: &str) -> impl Fn(&Instance) -> String {
+    move |instance| format!("use 'systemctl {verb} {instance}'")
 }
 
 /// How a model is to be loaded, once.
@@ -223,7 +231,9 @@ impl Handle {
             Ok::<_, CatalogError>((instance, LoadOptions { instead_of: others?, ..options }))
         };
         let (instance, options) = self.read(check).await??;
-        ours(&instance, "start")?;
+        ours(&instance, by_systemctl("start"))?;
+        // Whatever their priority: that is for whoever they belong to.
+        options.instead_of.iter().try_for_each(|other| ours(other, by_systemctl("stop")))?;
         let runs = self.machine().units.get(&instance).is_some_and(|unit| unit.state == UnitState::Active);
         if runs && options != LoadOptions::default() {
             let why = format!("{instance} runs already: 'plimsoll unload {instance}' first");
@@ -243,7 +253,7 @@ impl Handle {
     /// Nothing of that name is configured or runs.
     pub async fn prepare_unload(&self, instance: String) -> Result<Job, Fault> {
         let instance = self.shown(instance).await?;
-        ours(&instance, "stop")?;
+        ours(&instance, by_systemctl("stop"))?;
         Ok(self.job(instance, JobKind::Unload))
     }
 
@@ -258,6 +268,7 @@ impl Handle {
     /// There is no such model.
     pub async fn pin(&self, instance: String, pinned: bool) -> Result<(), Fault> {
         let instance = self.shown(instance).await?;
+        ours(&instance, |unit| format!("plimsoll.toml pins it, by 'pinned' under [adopt.\"{unit}\"]"))?;
         self.call(|reply| Command::Pin(instance, pinned, reply)).await
     }
 

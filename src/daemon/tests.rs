@@ -103,10 +103,10 @@ impl Store for Fake {
     }
 }
 
-/// Models `a` and `b` of 4 GiB, `vast` of 400, `strange` of unknown size.
+/// Models `a` and `b` of 4 GiB, `vast` of 400, `strange` of unknown size; and a service of somebody else.
 impl Catalog for Fake {
     fn models(&self) -> Vec<ModelInfo> {
-        let names = ["a", "b", "vast", "strange"];
+        let names = ["a", "b", "vast", "strange", "ollama.service"];
         names.map(|name| ModelInfo { name: name.parse().ok(), ..ModelInfo::default() }).to_vec()
     }
 
@@ -407,6 +407,31 @@ fn refusals_and_mistakes_come_back_as_what_they_are() {
         let decision = bench.handle.explain("vast".into()).await.unwrap().unwrap();
         assert_eq!(decision.refusal.unwrap().instance, name("vast"));
         assert!(matches!(bench.published.recv().await, Some(Publication::Decision(_))));
+    });
+}
+
+#[test]
+fn what_belongs_to_others_is_not_disposed_of() {
+    bench(&[], |bench| async move {
+        let load = |model: &str, other: &str| {
+            bench.handle.prepare_load(model.into(), vec![other.into()], LoadOptions::default())
+        };
+        load("a", "b").await.unwrap();
+        for (refused, way) in [
+            (load("a", "ollama.service").await.map(drop), "use 'systemctl stop ollama.service'"),
+            (load("ollama.service", "b").await.map(drop), "use 'systemctl start ollama.service'"),
+            (bench.handle.pin("ollama.service".into(), true).await, "[adopt.\"ollama.service\"]"),
+            (bench.handle.pin("ollama.service".into(), false).await, "[adopt.\"ollama.service\"]"),
+            (load("lease:a", "b").await.map(drop), "lease:a is a lease"),
+            (load("a", "lease:b").await.map(drop), "lease:b is a lease"),
+            (bench.handle.pin("lease:a".into(), true).await, "lease:a is a lease"),
+            (bench.handle.prepare_unload("lease:a".into()).await.map(drop), "lease:a is a lease"),
+        ] {
+            let Err(Fault::Catalog(CatalogError::NotFound(why))) = refused else {
+                panic!("{way}: {refused:?}")
+            };
+            assert!(why.contains(way), "{why}");
+        }
     });
 }
 
