@@ -36,6 +36,15 @@ impl Host {
         Ok(text.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(number - 3)?.parse().ok()))
     }
 
+    /// Whether process `pid` is of user `uid`: really, effectively, or as what it may become again.
+    pub fn is_of_user(&self, pid: u32, uid: u32) -> Result<bool, HostError> {
+        let path = format!("/proc/{pid}/status");
+        let text = self.read(&path)?;
+        let uids = text.lines().find_map(|line| line.strip_prefix("Uid:"));
+        let uids = uids.ok_or_else(|| self.content(&path, "the users of the process"))?;
+        Ok(uids.split_whitespace().any(|word| word.parse() == Ok(uid)))
+    }
+
     /// The control group (version 2) that process `pid` is in.
     pub fn group_of(&self, pid: u32) -> Result<ControlGroup, HostError> {
         let path = format!("/proc/{pid}/cgroup");
