@@ -150,7 +150,7 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
         let _ = changed.send(Input::Changed);
     });
 
-    let gate = Gate::new(systemd.clone(), Arc::clone(&units));
+    let gate = Gate::new(systemd.clone(), Arc::clone(&units), host);
     let manager = Manager::new(handle, Authority::Polkit, Some(Arc::new(gate)), Some(quotes), daemon.mode());
     let failed = |error: zbus::Error| format!("the message bus does not work: {error}");
     connection.object_server().at(PATH, manager).await.map_err(failed)?;

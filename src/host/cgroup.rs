@@ -59,6 +59,13 @@ impl ControlGroup {
         }
     }
 
+    /// The name of the system's unit that it belongs to: below systemd's slices there is nothing but units, and what
+    /// a unit makes below its own group is part of that.
+    #[must_use]
+    pub fn unit(&self) -> Option<&str> {
+        self.0.split('/').find(|part| !part.is_empty() && !part.ends_with(".slice"))
+    }
+
     pub(super) fn file(&self, name: &str) -> String {
         format!("{MOUNT}{}/{name}", self.0)
     }
@@ -256,6 +263,24 @@ fn measured_from_stat(text: &str, swapped: Bytes) -> Option<Measured> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_group_belongs_to_one_unit() {
+        for (path, unit) in [
+            ("/llm.slice/llm@a.service", Some("llm@a.service")),
+            ("/llm.slice/llm-big.slice/llm@a.service/payload", Some("llm@a.service")),
+            // A user names groups below their own manager's as they like.
+            (
+                "/user.slice/user-1000.slice/user@1000.service/app.slice/llm@a.service",
+                Some("user@1000.service"),
+            ),
+            ("/init.scope", Some("init.scope")),
+            ("/llm.slice", None),
+        ] {
+            let group: ControlGroup = path.parse().unwrap();
+            assert_eq!(group.unit(), unit, "{path}");
+        }
+    }
 
     #[test]
     fn hostile_paths_are_refused() {
