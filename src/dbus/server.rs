@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use zbus::Connection;
 use zbus::fdo::RequestNameFlags;
 
-use super::authorize::Authority;
+use super::authorize::{Authority, Polkit};
 use super::service::{Manager, Quotes, publish};
 use super::{NAME, PATH};
 use crate::action::notify::Notifier;
@@ -150,9 +150,18 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
         let _ = changed.send(Input::Changed);
     });
 
-    let gate = Gate::new(systemd.clone(), Arc::clone(&units), host);
-    let manager = Manager::new(handle, Authority::Polkit, Some(Arc::new(gate)), Some(quotes), daemon.mode());
     let failed = |error: zbus::Error| format!("the message bus does not work: {error}");
+    let gate = Gate::new(systemd.clone(), Arc::clone(&units), host);
+    // Its own connection: a bus lets each have only so many calls without an answer, and callers may keep polkit from
+    // answering. Systemd is to be reached all the same.
+    let polkit = Polkit::new(&connect(bus).await?).await.map_err(failed)?;
+    let manager = Manager::new(
+        handle,
+        Authority::Polkit(Arc::new(polkit)),
+        Some(Arc::new(gate)),
+        Some(quotes),
+        daemon.mode(),
+    );
     connection.object_server().at(PATH, manager).await.map_err(failed)?;
     tokio::spawn(publish(connection.clone(), published));
     tokio::spawn(follow(systemd, units, happened, sender));

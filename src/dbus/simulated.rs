@@ -18,13 +18,13 @@ use crate::policy::{Core, Saved};
 use crate::sim::{Scenario, SimCatalog, SimPorts};
 
 /// A message bus of our own; ends with the value.
-struct Bus {
+pub(super) struct Bus {
     child: Child,
-    address: String,
+    pub(super) address: String,
 }
 
 impl Bus {
-    fn start() -> Result<Self, String> {
+    pub(super) fn start() -> Result<Self, String> {
         let mut command = Command::new("dbus-daemon");
         command.args(["--session", "--nofork", "--nopidfile", "--print-address=1"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped());
