@@ -277,7 +277,8 @@ mod tests {
             .name("org.freedesktop.PolicyKit1");
         let _served = served.build().await.unwrap();
         let mut polkit = Polkit::new(&connect().build().await.unwrap()).await.unwrap();
-        polkit.patience = Duration::from_secs(2);
+        // Long enough to have all of them open at once on a busy machine.
+        polkit.patience = Duration::from_secs(5);
         let polkit = Arc::new(polkit);
         let ask = |user: u32, action: &'static str| {
             let polkit = Arc::clone(&polkit);
@@ -302,7 +303,7 @@ mod tests {
             assert_eq!(asked.await.unwrap(), Err(Kind::NotAuthorized));
         }
         assert_eq!(fake.open.lock().unwrap().len(), 0);
-        assert_eq!(ask(1000, "asks").await.unwrap(), Err(Kind::NotAuthorized));
+        assert!(polkit.slow.taken.lock().unwrap().is_empty());
     }
 
     #[test]
