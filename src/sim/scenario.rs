@@ -146,6 +146,12 @@ pub struct SimModel {
     /// Its memory comes back only so many seconds after it has stopped.
     #[serde(default)]
     pub late_seconds: u64,
+    /// Its unit ends only so many seconds after its memory is back.
+    #[serde(default)]
+    pub lingers_seconds: u64,
+    /// Told to stop, or killed, it waits for a disk for ever, and gives nothing back.
+    #[serde(default)]
+    pub undead: bool,
     /// Its anonymous memory may be swapped out.
     #[serde(default)]
     pub batch: bool,
@@ -298,7 +304,13 @@ impl Scenario {
         let model = self.models.get(&instance.model)?;
         let file = FileId { device: 1, inode: model.file.unwrap_or(1000 + position as u64) };
         let rung = |context| {
-            let basis = Basis { key: format!("{} at {context}", instance.model), ..Basis::default() };
+            // Nothing is known of units of others but what their configuration declares.
+            let key = if instance.is_foreign() {
+                String::new()
+            } else {
+                format!("{} at {context}", instance.model)
+            };
+            let basis = Basis { key, ..Basis::default() };
             Rung { context, footprint: model.footprint(context, file), basis }
         };
         let smallest = model.context_min.unwrap_or(model.context).min(model.context);

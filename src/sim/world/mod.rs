@@ -36,6 +36,8 @@ enum Happening {
     Stopped(Instance, u64, Vec<ActionId>),
     /// Memory that comes back late.
     Returned(Bytes),
+    /// The memory of this start of a unit, which itself ends later.
+    GaveBack(Instance, u64),
     Scripted(Scripted),
     /// systemd starts again what crashed in this start of it.
     Restarts(Instance, u64),
@@ -252,6 +254,14 @@ impl World {
                 self.leaked -= bytes;
                 out.push(tick);
             }
+            Happening::GaveBack(instance, invocation) => {
+                let ends =
+                    |u: &&mut SimUnit| u.invocation == invocation && u.state == UnitState::Deactivating;
+                if let Some(unit) = self.units.get_mut(&instance).filter(ends) {
+                    unit.footprint = Footprint::default();
+                    out.push(tick);
+                }
+            }
             Happening::Finished(instance, invocation, count) => {
                 if let Some(unit) = self.units.get_mut(&instance).filter(|u| u.invocation == invocation) {
                     unit.requests = unit.requests.saturating_sub(count);
@@ -443,7 +453,14 @@ impl World {
         if let Some(unit) = self.units.get_mut(instance).filter(|_| alive) {
             unit.state = UnitState::Deactivating;
         }
-        let after = if alive { seconds * 1000 } else { 0 };
+        if self.is_undead(instance) && alive {
+            return;
+        }
+        let lingers = self.scenario.models.get(&instance.model).map_or(0, |m| m.lingers_seconds);
+        if lingers > 0 && alive {
+            self.later(seconds * 1000, Happening::GaveBack(instance.clone(), invocation));
+        }
+        let after = if alive { (seconds + lingers) * 1000 } else { 0 };
         self.later(after, Happening::Stopped(instance.clone(), invocation, id.into_iter().collect()));
     }
 
@@ -452,8 +469,15 @@ impl World {
         let invocation = self.units.get(instance).map_or(0, |unit| unit.invocation);
         if let Some(unit) = self.units.get_mut(instance).filter(|unit| unit.state.is_alive()) {
             unit.state = UnitState::Deactivating;
+            if self.is_undead(instance) {
+                return;
+            }
         }
         self.later(KILL, Happening::Stopped(instance.clone(), invocation, vec![id]));
+    }
+
+    fn is_undead(&self, instance: &Instance) -> bool {
+        self.scenario.models.get(&instance.model).is_some_and(|m| m.undead)
     }
 
     /// The daemon is another one: nobody hears of what the last one began, a swapoff under way ends with nothing
@@ -469,6 +493,7 @@ impl World {
             | Happening::Loaded(..)
             | Happening::Finished(..)
             | Happening::Returned(_)
+            | Happening::GaveBack(..)
             | Happening::Restarts(..)
             | Happening::Scripted(_) => true,
         });
