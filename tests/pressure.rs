@@ -117,12 +117,12 @@ fn one_is_enough_where_one_is_enough() {
 fn what_is_not_worth_a_stop_is_not_worth_a_more_important_model_either() {
     let mut s = machine(
         "",
-        "a = { weights = '600MiB', placement = 'anonymous', priority = 10 }
+        "a = { weights = '620MiB', placement = 'anonymous', priority = 10 }
          b = { weights = '800MiB', placement = 'anonymous', priority = 50 }",
     );
     s.start("a").start("b").run(200);
-    // At the act level some 700 MiB have to come back, of which a has all but less than a sixteenth of the reserve;
-    // and when it is gone, what is missing to where models are left alone is less than that as well.
+    // At the act level some 710 MiB have to come back, of which a has all but less than half of what is worth a stop;
+    // and when it is gone, less than that is missing as well.
     s.eat(Bytes::mib(100), Bytes::mib(123_660)).run(3000);
     assert_eq!(stopped(&s), ["a"]);
     sound(&s);
@@ -601,5 +601,40 @@ fn a_time_to_finish_that_was_not_needed_in_the_end_is_given_anew_the_next_time()
         assert_eq!((s.announced.len(), stopped(&s)), (times, vec![]));
         s.eat(Bytes::ZERO, Bytes::ZERO).run(60);
     }
+    sound(&s);
+}
+
+/// One that waits for a disk for ever, as if it had been killed in vain.
+fn undead() -> Simulation {
+    let mut s = machine("", &THREE.replace("priority = 10", "priority = 10, undead = true"));
+    s.start("low").start("mid").start("high").run(200);
+    s
+}
+
+#[test]
+fn who_was_killed_already_is_the_last_that_the_last_rung_kills_again() {
+    let mut s = undead();
+    let order = |s: &Simulation| -> Vec<String> {
+        let last = s.core.last_resort(&s.world.observe()).unwrap();
+        last.victims.iter().map(|(instance, _)| instance.to_string()).collect()
+    };
+    s.stop("low").run(1);
+    assert_eq!(order(&s), ["low", "mid", "high"], "it is on the way out");
+    last_rung_kills_low(&mut s);
+    assert_eq!(order(&s), ["mid", "high", "low"]);
+}
+
+#[test]
+fn the_next_one_goes_though_the_last_rung_kills_the_first_again_and_again() {
+    let mut s = undead();
+    s.eat(Bytes::mib(80), Bytes::gib(40)).run(420);
+    assert_eq!(done(&s), [(Rescue::Stop, "low".to_owned())]);
+    for _ in 0..30 {
+        s.run(1);
+        if s.world.observe().memory.available < Bytes::mib(512) {
+            last_rung_kills_low(&mut s);
+        }
+    }
+    assert_eq!(stopped(&s), ["low", "low", "mid"]);
     sound(&s);
 }

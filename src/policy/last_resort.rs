@@ -1,7 +1,7 @@
 //! Who is killed, and when, if the loop itself does not act: what the last rung of the ladder is told beforehand.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::request::{Mode, Rules};
 use crate::bytes::Bytes;
@@ -29,10 +29,12 @@ pub struct LastResort {
 /// It is near once the reserve is being used up, and acts where the machine is in danger (the last eighth), which the
 /// loop has met long before; where the loop does not move, at half of it, as the loop would have.
 /// First goes who is on the way out already, and gives back soonest; then by priority, and among equals who was used
-/// least recently. Pinned models come last: they too are better lost than whatever the kernel would choose.
+/// least recently. Pinned models come last: they too are better lost than whatever the kernel would choose. Behind them
+/// are those of `in_vain`, who were killed and hold their memory all the same: once more brings nothing soon.
 #[must_use]
 pub fn last_resort(
     holders: &BTreeMap<Instance, Reservation>,
+    in_vain: &BTreeSet<Instance>,
     machine: &Machine,
     rules: &Rules,
 ) -> Option<LastResort> {
@@ -47,8 +49,9 @@ pub fn last_resort(
         // What a lease is for is nobody's to kill.
         .filter(|(instance, r, frees)| !instance.lease && r.phase != Phase::Preparing && *frees >= WORTHWHILE)
         .collect();
-    order.sort_by_key(|(_, r, frees)| {
-        (r.phase != Phase::Stopping, r.pinned, r.priority, r.last_used, Reverse(*frees))
+    order.sort_by_key(|(instance, r, frees)| {
+        let again = in_vain.contains(*instance);
+        (again, r.phase != Phase::Stopping, r.pinned, r.priority, r.last_used, Reverse(*frees))
     });
     if order.is_empty() {
         return None;
@@ -94,17 +97,30 @@ mod tests {
         add("on-a-card", Reservation { measured: on_a_card, ..holder(1, 0, 0) });
         add("coming", Reservation { phase: Phase::Preparing, ..holder(1, 0, 500) });
         let rules = Rules { reserve: Bytes::gib(4), ..Rules::default() };
-        let last = last_resort(&holders, &machine(Bytes::gib(3)), &rules).unwrap();
-        let names: Vec<String> = last.victims.iter().map(|(instance, _)| instance.to_string()).collect();
-        assert_eq!(names, ["going", "low-old", "low-fresh", "high", "pinned"]);
+        let none = BTreeSet::new();
+        let last = last_resort(&holders, &none, &machine(Bytes::gib(3)), &rules).unwrap();
+        let names = |last: &LastResort| -> Vec<String> {
+            last.victims.iter().map(|(instance, _)| instance.to_string()).collect()
+        };
+        assert_eq!(names(&last), ["going", "low-old", "low-fresh", "high", "pinned"]);
+        let killed = BTreeSet::from(["going".parse().unwrap()]);
+        let again = last_resort(&holders, &killed, &machine(Bytes::gib(3)), &rules).unwrap();
+        assert_eq!(names(&again), ["low-old", "low-fresh", "high", "pinned", "going"]);
         assert_eq!((last.near, last.below, last.alone), (true, Bytes::mib(512), Bytes::gib(2)));
-        assert!(!last_resort(&holders, &machine(Bytes::gib(4)), &rules).unwrap().near, "memory is not short");
+        assert!(
+            !last_resort(&holders, &none, &machine(Bytes::gib(4)), &rules).unwrap().near,
+            "memory is not short"
+        );
         let mut with_zfs = machine(Bytes::gib(3));
         with_zfs.memory.zfs = Bytes::gib(1);
-        let orders = last_resort(&holders, &with_zfs, &rules).unwrap();
+        let orders = last_resort(&holders, &none, &with_zfs, &rules).unwrap();
         assert_eq!((orders.below, orders.alone), (Bytes::ZERO, Bytes::gib(1)), "its cache gives way first");
-        assert_eq!(last_resort(&BTreeMap::new(), &machine(Bytes::ZERO), &rules), None, "nobody can go");
+        assert_eq!(
+            last_resort(&BTreeMap::new(), &none, &machine(Bytes::ZERO), &rules),
+            None,
+            "nobody can go"
+        );
         let observing = Rules { mode: Mode::Observe, ..rules };
-        assert_eq!(last_resort(&holders, &machine(Bytes::ZERO), &observing), None);
+        assert_eq!(last_resort(&holders, &none, &machine(Bytes::ZERO), &observing), None);
     }
 }

@@ -13,7 +13,7 @@ impl Core {
     /// What the last rung stands by with; see [`last_resort`].
     #[must_use]
     pub fn last_resort(&self, machine: &Machine) -> Option<LastResort> {
-        last_resort(&self.holders, machine, &self.rules)
+        last_resort(&self.holders, &self.killed_in_vain(), machine, &self.rules)
     }
 
     /// A model's processes were killed while `available` was left: its unit is stopped, so that it does not start anew at
@@ -26,7 +26,8 @@ impl Core {
         now: u64,
         out: &mut Vec<Action>,
     ) {
-        if !self.holders.contains_key(&instance) {
+        // One that is killed again is waited for no longer than it was already: the next one's turn has to come.
+        if !self.holders.contains_key(&instance) || self.is_being_killed(&instance) {
             return;
         }
         let bytes = gain(machine, &self.holders, Pool::Memory, &[&instance]);

@@ -7,7 +7,7 @@ mod gentle;
 mod say;
 mod stop;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Action, ActionId, Core, Leak, Outcome};
 use crate::bytes::Bytes;
@@ -383,6 +383,21 @@ impl Core {
     /// Whether a model was killed so recently that it may not come back yet.
     pub(super) fn is_kept_off(&self, instance: &Instance, now: u64) -> bool {
         self.afloat.killed.get(instance).is_some_and(|until| now < *until)
+    }
+
+    /// Whether the end of one that was killed is waited for.
+    pub(super) fn is_being_killed(&self, instance: &Instance) -> bool {
+        let under_way = self.afloat.under_way.as_ref();
+        under_way.is_some_and(|u| u.relief.rescue == Rescue::Kill && u.instance.as_ref() == Some(instance))
+    }
+
+    /// Who was killed and is there all the same, or could not be.
+    pub(super) fn killed_in_vain(&self) -> BTreeSet<Instance> {
+        let of = |(instance, r): (&Instance, &Reservation)| {
+            let killed = r.phase == Phase::Stopping && self.afloat.killed.contains_key(instance);
+            (killed || self.was_tried(Rescue::Kill, Some(instance))).then(|| instance.clone())
+        };
+        self.holders.iter().filter_map(of).collect()
     }
 
     /// Whether one that was stopped to keep the machine afloat, and would fit or not, may come back. Its room has to
