@@ -129,6 +129,23 @@ fn what_is_not_worth_a_stop_is_not_worth_a_more_important_model_either() {
 }
 
 #[test]
+fn what_is_missing_after_one_stop_does_not_cost_another_model() {
+    let text = "at = [{ seconds = 300, system = '128202MiB' }]
+         [machine]
+         memory = '128GiB'
+         system = '4GiB'
+         [models]
+         a = { weights = '270MiB', placement = 'anonymous', priority = 10, leaks = '8MiB' }
+         b = { weights = '560MiB', placement = 'anonymous', priority = 50 }";
+    let mut s = Simulation::new(toml::from_str(text).unwrap());
+    // 2040 MiB are left and 520 have to come back. a is nearly half of it, and would leave just enough missing for b
+    // to go as well.
+    s.start("a").start("b").run(3000);
+    assert_eq!(stopped(&s), ["b"]);
+    sound(&s);
+}
+
+#[test]
 fn memory_that_comes_back_late_is_waited_for_and_exactly_one_goes() {
     // earlyoom #309: a second one was killed before the memory of the first one was back.
     let late = |seconds: u64| {
@@ -601,6 +618,25 @@ fn a_time_to_finish_that_was_not_needed_in_the_end_is_given_anew_the_next_time()
         assert_eq!((s.announced.len(), stopped(&s)), (times, vec![]));
         s.eat(Bytes::ZERO, Bytes::ZERO).run(60);
     }
+    sound(&s);
+}
+
+#[test]
+fn time_to_finish_that_is_not_needed_while_another_one_ends_is_given_anew() {
+    let mut s = machine(
+        "",
+        "only = { weights = '40GiB', placement = 'anonymous', priority = 10, drain-seconds = 30 }
+         other = { weights = '20GiB', placement = 'anonymous', pinned = true, stop-seconds = 40 }",
+    );
+    s.start("only").start("other").run(200).request("only", 1, 36_000);
+    // 64 GiB are left, and 1.8 in the end.
+    s.eat(Bytes::mib(100), Bytes::mib(63_692)).run(640);
+    assert_eq!(s.announced.len(), 1);
+    // What a person stops would do; when it takes too long, the time to finish has run out in the meantime.
+    s.stop("other").run(35);
+    assert_eq!((s.announced.len(), stopped(&s)), (2, vec![]));
+    s.run(600);
+    assert_eq!((s.announced.len(), stopped(&s)), (2, vec![]));
     sound(&s);
 }
 

@@ -141,8 +141,8 @@ pub fn gain(
 /// All thresholds come from the reserve, which is what is kept for what was not planned: its last half, and its last
 /// eighth. What goes down fast crosses them earlier, so that there is time for a stop; but nothing is done about what
 /// leaves the reserve alone, however fast it grows, unless not even a kill would be in time. The danger to the machine
-/// is judged by available memory: with weights read from disk again and again it is slow, and not lost. A level is left
-/// a quarter above where it is entered, the last one at twice that.
+/// is judged by available memory: with weights read from disk again and again it is slow, and not lost. Attention is left
+/// a quarter above where it is entered, act an eighth, which stops bring with some to spare, the last one at twice that.
 #[must_use]
 pub fn level(before: Level, gauge: &Gauge, reserve: Bytes) -> Level {
     let last = gauge.lost_within(REACT);
@@ -157,7 +157,7 @@ pub fn level(before: Level, gauge: &Gauge, reserve: Bytes) -> Level {
         is(Level::Act, gauge.headroom < act),
         is(Level::Critical, gauge.available < critical),
         stays(Level::Attention, gauge.headroom < reserve.mul_div(5, 4)),
-        stays(Level::Act, gauge.headroom < left(reserve)),
+        stays(Level::Act, gauge.headroom < content(reserve)),
         stays(Level::Critical, gauge.available < reserve.mul_div(1, 4)),
     ]
     .into_iter()
@@ -165,13 +165,24 @@ pub fn level(before: Level, gauge: &Gauge, reserve: Bytes) -> Level {
     .unwrap_or_default()
 }
 
-/// The headroom at which models are no longer stopped.
+/// What is not worth doing anything for: so much may be missing of what is wanted.
+#[must_use]
+pub fn worthwhile(reserve: Bytes) -> Bytes {
+    reserve.mul_div(1, 16).max(Bytes::mib(1))
+}
+
+/// The headroom that stops aim at.
 #[must_use]
 pub fn left(reserve: Bytes) -> Bytes {
     reserve.mul_div(5, 8)
 }
 
-/// The headroom that stops have to bring: where models are left alone, at the end of the stop and for another one's time.
+/// The headroom at which models are no longer stopped: what is missing to the aim is worth no stop.
+fn content(reserve: Bytes) -> Bytes {
+    left(reserve) - worthwhile(reserve)
+}
+
+/// The headroom that stops have to bring: what they aim at, at the end of the stop and for another one's time.
 #[must_use]
 pub fn wanted(gauge: &Gauge, reserve: Bytes) -> Bytes {
     left(reserve).max(gauge.lost_within(STOP + STOP / 2).min(reserve)) + gauge.lost_within(STOP)
@@ -199,7 +210,7 @@ pub fn gpu(
         let free = gpu.total - gpu.used;
         let level = match free {
             _ if gpu.kind != GpuKind::Unified || charged.gpus[*n] <= room.gpus[*n] => Level::Calm,
-            free if free < reserve.mul_div(1, 2) || (before >= Level::Act && free < left(reserve)) => {
+            free if free < reserve.mul_div(1, 2) || (before >= Level::Act && free < content(reserve)) => {
                 Level::Act
             }
             free if free < reserve => Level::Attention,
@@ -246,8 +257,8 @@ mod tests {
         assert_eq!(of(Level::Attention, 5119), Level::Attention);
         assert_eq!(of(Level::Attention, 5120), Level::Calm);
         assert_eq!(of(Level::Attention, 2047), Level::Act);
-        assert_eq!(of(Level::Act, 2559), Level::Act);
-        assert_eq!(of(Level::Act, 2560), Level::Attention);
+        assert_eq!(of(Level::Act, 2303), Level::Act);
+        assert_eq!(of(Level::Act, 2304), Level::Attention);
         assert_eq!(of(Level::Calm, 511), Level::Critical);
         assert_eq!(of(Level::Critical, 1023), Level::Critical);
         assert_eq!(of(Level::Critical, 1024), Level::Act);

@@ -3,7 +3,7 @@
 use plimsoll::bytes::Bytes;
 use plimsoll::config::Instance;
 use plimsoll::ledger::{Phase, Reservation};
-use plimsoll::policy::pressure::gain;
+use plimsoll::policy::pressure::{gain, worthwhile};
 use plimsoll::policy::{Level, Rescue};
 use plimsoll::sim::{Evidence, Simulation};
 
@@ -39,7 +39,7 @@ fn breach(s: &Simulation, evidence: &Evidence) -> Option<String> {
     let idle = |instance: &Instance, r: &Reservation| {
         !fresh(r) && said_idle(instance).unwrap_or(now >= r.last_used + 10_000)
     };
-    let worthwhile = s.core.rules().reserve.mul_div(1, 16).max(Bytes::mib(1));
+    let worthwhile = worthwhile(s.core.rules().reserve);
     let worth = |instance: &Instance| frees(instance) >= worthwhile;
     let others = || {
         holders.iter().filter(|(instance, r)| {
@@ -61,8 +61,8 @@ fn breach(s: &Simulation, evidence: &Evidence) -> Option<String> {
     }
     let gentler =
         |i: &Instance, r: &Reservation| !r.pinned && (idle(i, r) || (!idle(victim, its) && !fresh(r)));
-    // What is not worth a stop makes no difference.
-    if frees(victim) + worthwhile < needed
+    // Half of what is not worth a stop makes no difference.
+    if frees(victim) + worthwhile.mul_div(1, 2) < needed
         && !its.pinned
         && others().filter(suffices).any(|(i, r)| gentler(i, r))
     {

@@ -335,7 +335,9 @@ impl Core {
         let coming_bytes = gain(machine, &self.holders, shortage.pool, &coming);
         let alone = coming.is_empty();
         let needed = shortage.needed - coming_bytes;
-        if needed < self.worthwhile() {
+        if needed <= self.worthwhile() {
+            // Should it be needed later on, the time to finish is given anew.
+            self.afloat.draining = None;
             return;
         }
         if self.drains_or_asks(machine, shortage, now, out) {
@@ -351,7 +353,7 @@ impl Core {
 
     /// Less than this is not worth doing anything for.
     fn worthwhile(&self) -> Bytes {
-        self.rules.reserve.mul_div(1, 16).max(Bytes::mib(1))
+        pressure::worthwhile(self.rules.reserve)
     }
 
     pub(super) fn was_tried(&self, rescue: Rescue, instance: Option<&Instance>) -> bool {

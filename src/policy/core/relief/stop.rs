@@ -53,8 +53,9 @@ impl Core {
             let of: Vec<Candidate> =
                 (0..all.len()).filter(|n| all[*n].2 <= kind && kind <= most).map(candidate).collect();
             // What is not worth a stop is not worth a more important one either: of models of one size one always frees
-            // some pages more.
-            let enough = |gone: &[usize]| frees(gone) + self.worthwhile() >= needed;
+            // some pages more. Half of it is left for what does not come back, or the rest would cost another one.
+            let spare = self.worthwhile().mul_div(1, 2);
+            let enough = |gone: &[usize]| frees(gone) + spare >= needed;
             if let Some(chosen) = choose(&of, enough, |n| frees(&[n])) {
                 return chosen.first().map(|n| (all[*n].0.clone(), all[*n].2));
             }
