@@ -146,6 +146,35 @@ fn what_is_missing_after_one_stop_does_not_cost_another_model() {
 }
 
 #[test]
+fn the_memory_of_a_stop_is_waited_for_and_not_the_end_of_its_unit() {
+    // What comes after a model's end (ExecStopPost=) takes longer than the eater needs for what it gave back.
+    let mut s = machine(
+        "",
+        "a = { weights = '6GiB', placement = 'anonymous', priority = 10, lingers-seconds = 10 }
+         b = { weights = '40GiB', placement = 'anonymous', priority = 50 }",
+    );
+    s.start("a").start("b").run(200);
+    s.eat(Bytes::gib(1), Bytes::gib(90)).run(200);
+    assert_eq!(stopped(&s), ["a", "b"]);
+    sound(&s);
+    assert!(text(&s).iter().any(|t| t.starts_with("a is gone, which brought 6.0 GiB of 6.0 GiB back")));
+    assert_eq!(s.running(), ["a"], "its unit has ended after all, and there is room");
+}
+
+#[test]
+fn a_pinned_one_does_not_wait_for_what_gives_nothing_back() {
+    let mut s = machine(
+        "",
+        "held = { weights = '40GiB', placement = 'anonymous', pinned = true }
+         other = { weights = '6GiB', placement = 'anonymous', lingers-seconds = 60 }",
+    );
+    s.start("held").start("other").run(200);
+    s.eat(Bytes::mib(250), Bytes::gib(90)).run(600);
+    assert_eq!(stopped(&s), ["other", "held"]);
+    sound(&s);
+}
+
+#[test]
 fn memory_that_comes_back_late_is_waited_for_and_exactly_one_goes() {
     // earlyoom #309: a second one was killed before the memory of the first one was back.
     let late = |seconds: u64| {

@@ -196,11 +196,22 @@ impl Core {
     }
 
     /// Looks how far what is under way has come.
+    ///
+    /// A unit may take long to end after its processes have (ExecStopPost=, a slow systemd): what counts is the memory.
     fn follow(&mut self, machine: &Machine, shortage: &Shortage, now: u64, out: &mut Vec<Action>) {
         let Some(under_way) = &self.afloat.under_way else { return };
         let (relief, danger) = (under_way.relief, shortage.level == Level::Critical);
         let stops = matches!(relief.rescue, Rescue::Stop | Rescue::Expire);
-        let Some(ended) = under_way.ended else {
+        let frees = stops || relief.rescue == Rescue::Kill;
+        let gained = self.gained(under_way, machine, now);
+        let is_back = gained >= relief.expected_bytes.mul_div(19, 20);
+        let ended = under_way.ended.or_else(|| {
+            let instance = under_way.instance.as_ref().filter(|_| frees)?;
+            let gone = !self.holders.contains_key(instance);
+            let left = gain(machine, &self.holders, relief.pool, &[instance]);
+            (gone || (is_back && left < self.worthwhile())).then_some(now)
+        });
+        let Some(ended) = ended else {
             let time = if stops { PATIENCE } else { OTHERS };
             // There is no time for gentle means any more, whatever they may yet bring.
             let gentle = matches!(relief.rescue, Rescue::DropCache | Rescue::Reclaim | Rescue::AddSwap);
@@ -211,18 +222,10 @@ impl Core {
             }
             return;
         };
-        let headroom = match relief.pool {
-            Pool::Gpu(n) => machine.gpus.get(n).map_or(Bytes::ZERO, |gpu| gpu.total - gpu.used),
-            _ => self.afloat.gauge.headroom,
-        };
-        let lost = match relief.pool {
-            Pool::Memory => relief.falling_bytes.mul_div(now.saturating_sub(under_way.since), 1000),
-            _ => Bytes::ZERO,
-        };
-        let gained = (headroom + lost) - relief.headroom_bytes;
-        let is_back = gained >= relief.expected_bytes.mul_div(19, 20);
+        if let Some(under_way) = &mut self.afloat.under_way {
+            under_way.ended = Some(ended);
+        }
         let settle = if danger { SETTLE / 4 } else { SETTLE };
-        let frees = matches!(relief.rescue, Rescue::Stop | Rescue::Expire | Rescue::Kill);
         if frees && !is_back && now < ended + settle {
             return;
         }
@@ -236,6 +239,20 @@ impl Core {
         if frees {
             self.quarantine(&under_way, machine, now, out);
         }
+    }
+
+    /// What has come back of what is under way, if memory went down meanwhile as it did before.
+    fn gained(&self, under_way: &UnderWay, machine: &Machine, now: u64) -> Bytes {
+        let relief = under_way.relief;
+        let headroom = match relief.pool {
+            Pool::Gpu(n) => machine.gpus.get(n).map_or(Bytes::ZERO, |gpu| gpu.total - gpu.used),
+            _ => self.afloat.gauge.headroom,
+        };
+        let lost = match relief.pool {
+            Pool::Memory => relief.falling_bytes.mul_div(now.saturating_sub(under_way.since), 1000),
+            _ => Bytes::ZERO,
+        };
+        (headroom + lost) - relief.headroom_bytes
     }
 
     fn tell_gain(&mut self, under_way: &UnderWay, gained: Bytes, now: u64, out: &mut Vec<Action>) {
@@ -343,7 +360,9 @@ impl Core {
         if self.drains_or_asks(machine, shortage, now, out) {
             return;
         }
-        match self.victim(machine, shortage, needed, now) {
+        // One that has given back all it had may take its time to end.
+        let nothing_comes = coming_bytes < self.worthwhile();
+        match self.victim(machine, shortage, needed, nothing_comes, now) {
             Some((instance, Harm::Busy)) if self.drain(&instance, machine, shortage, now, out) => {}
             Some((instance, harm)) => self.stop(instance, harm, machine, shortage, now, out),
             None if alone => self.name_the_eater(machine, shortage, now, out),

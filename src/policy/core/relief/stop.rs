@@ -21,6 +21,7 @@ impl Core {
         machine: &Machine,
         shortage: &Shortage,
         needed: Bytes,
+        nothing_comes: bool,
         now: u64,
     ) -> Option<(Instance, Harm)> {
         let danger = shortage.level == Level::Critical;
@@ -64,13 +65,13 @@ impl Core {
                 Some((all[least.holder].0.clone(), all[least.holder].2))
             });
         }
-        // The last resort, and never beside another.
+        // The last resort, and never while memory of another one is still to come.
         let pinned = || {
             let of = (0..all.len()).filter(|n| all[*n].2 == Harm::Pinned && danger).map(candidate);
             let least = of.min_by_key(|c| (c.priority, c.reload, c.last_used))?;
             Some((all[least.holder].0.clone(), Harm::Pinned))
         };
-        first.or_else(|| if self.afloat.stopping.is_empty() { pinned() } else { None })
+        first.or_else(|| if nothing_comes { pinned() } else { None })
     }
 
     /// What stopping one would be; none where it can't be stopped.
