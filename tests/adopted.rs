@@ -8,8 +8,12 @@ use plimsoll::sim::{Scenario, Simulation};
 
 /// A machine with 100 GiB for models, and a service of somebody else that declares 40 and takes 50.
 fn machine(priority: u8) -> Simulation {
+    with_reserve(priority, 0)
+}
+
+fn with_reserve(priority: u8, gib: u64) -> Simulation {
     let text = format!(
-        "[machine]\nmemory = '104GiB'\nsystem = '4GiB'\nreserve = '0B'\n[models]\n\
+        "[machine]\nmemory = '104GiB'\nsystem = '4GiB'\nreserve = '{gib}GiB'\n[models]\n\
          'ollama.service' = {{ weights = '40GiB', takes-more = '10GiB', placement = 'anonymous', priority = {priority} }}\n\
          small = {{ weights = '30GiB', placement = 'anonymous', priority = 50 }}\n\
          large = {{ weights = '60GiB', placement = 'anonymous', priority = 50 }}\n"
@@ -68,4 +72,16 @@ fn what_a_person_stopped_stays_stopped() {
     s.start("ollama.service").run(60);
     s.stop("ollama.service").run(3600);
     assert_eq!(s.running(), Vec::<String>::new());
+}
+
+#[test]
+fn what_was_stopped_to_keep_the_machine_afloat_comes_back_when_all_of_it_fits() {
+    let mut s = with_reserve(30, 4);
+    s.start("ollama.service").run(60);
+    // Beside what was eaten there is room for the 40 GiB that it declares, and not for the 50 that it took.
+    s.eat(Bytes::mib(100), Bytes::gib(49)).run(4000);
+    assert_eq!((s.reliefs.len(), s.running()), (1, vec![]));
+    s.eat(Bytes::ZERO, Bytes::ZERO).run(200);
+    assert_eq!(s.running(), ["ollama.service"]);
+    assert_eq!(s.breaches, Vec::<String>::new());
 }

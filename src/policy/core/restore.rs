@@ -3,7 +3,7 @@
 use super::{Action, ActionId, Core, Effect, Outcome};
 use crate::bytes::Bytes;
 use crate::config::Instance;
-use crate::ledger::{Machine, UnitState, unified_bytes};
+use crate::ledger::{Machine, Reservation, UnitState, unified_bytes};
 use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::plan::fits_as_is;
 use crate::policy::request::{Mode, Request, Rung};
@@ -112,6 +112,17 @@ impl Core {
             owed.attempts = owed.attempts.saturating_add(1);
         }
     }
+}
+
+/// What one that is stopped is owed.
+pub(super) fn as_owed(instance: &Instance, reservation: &Reservation) -> Reservation {
+    let mut owed = reservation.clone();
+    if instance.is_foreign() {
+        // It comes back without asking, so there has to be room for all of it.
+        owed.predicted = owed.held();
+        owed.reload = owed.reload.max(owed.predicted.total());
+    }
+    owed
 }
 
 fn as_request(owed: &super::Owed) -> Request {

@@ -3,6 +3,7 @@
 use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{Machine, PerPool, Phase, SwapOwner, capacity};
+use crate::policy::core::restore::as_owed;
 use crate::policy::core::{Action, Active, Core, Effect, Leak, Owed, Stage};
 use crate::policy::decision::{Decision, Kind, Verdict};
 use crate::policy::limits::limits;
@@ -88,12 +89,7 @@ impl Core {
         out: &mut Vec<Action>,
     ) {
         let Some(reservation) = self.holders.get_mut(victim) else { return };
-        let mut owed = reservation.clone();
-        if victim.is_foreign() {
-            // It comes back without asking, so there has to be room for all of it.
-            owed.predicted = owed.held();
-            owed.reload = owed.reload.max(owed.predicted.total());
-        }
+        let owed = as_owed(victim, reservation);
         reservation.phase = Phase::Stopping;
         let (kind, why) = match reason {
             StopReason::Expired => (Kind::Expire, "idle past its ttl"),

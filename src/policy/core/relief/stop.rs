@@ -7,6 +7,7 @@ use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{Machine, Phase, Reservation};
 use crate::policy::core::activity::DRAIN_STEP;
+use crate::policy::core::restore::as_owed;
 use crate::policy::core::{Action, Core, Effect, Owed};
 use crate::policy::decision::{Level, Rescue};
 use crate::policy::evict::{Candidate, Use, choose};
@@ -241,7 +242,7 @@ impl Core {
     pub(super) fn owe(&mut self, instance: &Instance, rescue: Rescue, now: u64) {
         let Some(reservation) = self.holders.get_mut(instance) else { return };
         let was = reservation.phase;
-        let owed = reservation.clone();
+        let owed = as_owed(instance, reservation);
         reservation.phase = Phase::Stopping;
         // Whoever was going anyway is owed what it was owed before.
         if was == Phase::Stopping || rescue == Rescue::Expire || owed.expired(now) {
