@@ -142,7 +142,14 @@ mod tests {
         let host = Host::at(Path::new("/"));
         let own = host.start_stack(std::process::id());
         let mut child = std::process::Command::new("/bin/sleep").arg("600").spawn().unwrap();
-        let other = host.start_stack(child.id());
+        // In the middle of its execve(2) it has none for a moment.
+        let other = (0..2000).find_map(|_| {
+            let stack = host.start_stack(child.id());
+            if stack.is_none() {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            stack
+        });
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(own.is_some() && other.is_some() && own != other, "{own:?} {other:?}");
