@@ -157,7 +157,7 @@ fn the_memory_of_a_stop_is_waited_for_and_not_the_end_of_its_unit() {
     s.eat(Bytes::gib(1), Bytes::gib(90)).run(200);
     assert_eq!(stopped(&s), ["a", "b"]);
     sound(&s);
-    assert!(text(&s).iter().any(|t| t.starts_with("a is gone, which brought 6.0 GiB of 6.0 GiB back")));
+    assert!(text(&s).iter().any(|t| t.starts_with("a is ending, which brought 6.0 GiB of 6.0 GiB back")));
     assert_eq!(s.running(), ["a"], "its unit has ended after all, and there is room");
 }
 

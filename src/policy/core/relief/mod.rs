@@ -209,7 +209,10 @@ impl Core {
             let instance = under_way.instance.as_ref().filter(|_| frees)?;
             let gone = !self.holders.contains_key(instance);
             let left = gain(machine, &self.holders, relief.pool, &[instance]);
-            (gone || (is_back && left < self.worthwhile())).then_some(now)
+            // What it has on cards of their own goes last, and is looked for when it is gone.
+            let on_gpus = |r: &Reservation| r.measured.gpus.iter().any(|held| *held >= self.worthwhile());
+            let holds = left >= self.worthwhile() || self.holders.get(instance).is_some_and(on_gpus);
+            (gone || (is_back && !holds)).then_some(now)
         });
         let Some(ended) = ended else {
             let time = if stops { PATIENCE } else { OTHERS };
@@ -260,6 +263,9 @@ impl Core {
         let took = now.saturating_sub(under_way.since);
         let what = match (&under_way.instance, relief.rescue) {
             (Some(instance), Rescue::Reclaim) => format!("taking memory back from {instance}"),
+            (Some(instance), _) if self.holders.contains_key(instance) => {
+                format!("{instance} is ending, which")
+            }
             (Some(instance), _) => format!("{instance} is gone, which"),
             (None, Rescue::AddSwap) => "a swapfile".to_owned(),
             (None, _) => "dropping cold page cache".to_owned(),
