@@ -58,7 +58,7 @@ pub(super) fn reload(common: &Common) -> Result<(), Failure> {
         output::eprint(&format!("plimsoll: {problem}"));
     }
     Err(Failure::new(Exit::Config, last.clone())
-        .hint("'plimsoll validate' shows where; a model with an error can't be started until it is mended, and an error in plimsoll.toml leaves its last good settings in force"))
+        .hint("'plimsoll validate' shows where; a model with an error can't be started until it is mended, with one in plimsoll.toml its last good settings stay in force, and where that can't be read at all no model can be started"))
 }
 
 /// Prints what the daemon answered with: as it is, or as text.

@@ -51,6 +51,9 @@ pub struct Loaded {
     pub problems: Vec<Problem>,
     /// The models by their aliases.
     pub aliases: BTreeMap<ModelName, ModelName>,
+    /// Whether `plimsoll.toml` could not even be read, so that nothing is known of any model: all of them are broken.
+    #[serde(skip)]
+    pub unread: bool,
 }
 
 impl Loaded {
@@ -152,7 +155,7 @@ pub fn load(root: &Path) -> Loaded {
     }
     let settings = (!problems.iter().any(Problem::is_error)).then_some(settings);
 
-    let mut loaded = Loaded::default();
+    let mut loaded = Loaded { unread: !unread.is_empty(), ..Loaded::default() };
     let names = sources.list(MODELS, &mut problems);
     for (name, directory) in sources.drop_in_directories(MODELS) {
         if !names.contains_key(&name) {

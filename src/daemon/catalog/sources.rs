@@ -27,7 +27,7 @@ impl Sources {
         let mut sources = Self {
             root: root.to_owned(),
             stamps: Vec::new(),
-            loaded: Arc::default(),
+            loaded: Arc::new(Loaded { unread: true, ..Loaded::default() }),
             settings: Arc::default(),
         };
         sources.read();
@@ -38,7 +38,11 @@ impl Sources {
     pub(super) fn read(&mut self) {
         // Taken before: what changes while it is read is read once more.
         self.stamps = stamps(&self.root);
-        let loaded = engine::load(&self.root);
+        let mut loaded = engine::load(&self.root);
+        // Those that run are still asked and known by their aliases. None starts: `plimsoll run` reads the files itself.
+        if loaded.unread && !self.loaded.unread {
+            loaded = Loaded { problems: loaded.problems, settings: None, ..Loaded::clone(&self.loaded) };
+        }
         if let Some(settings) = &loaded.settings {
             self.settings = Arc::new(settings.clone());
         }
@@ -99,6 +103,10 @@ mod tests {
         let (loaded, after) = sources.current();
         assert!(!loaded.is_valid());
         assert_eq!(after.reserve, settings.reserve);
+        assert_eq!(loaded.models.len(), 1, "who runs can still be asked what it does");
+        // One that starts knows nothing of any model.
+        let (fresh, _) = Sources::new(&root).current();
+        assert_eq!((fresh.models.len(), fresh.broken.len()), (0, 1));
         std::fs::remove_dir_all(root).unwrap();
     }
 }
