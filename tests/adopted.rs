@@ -1,9 +1,12 @@
 //! Units of others among the models: counted, stopped for more important ones, and back again.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+use std::collections::BTreeMap;
+
 use plimsoll::bytes::Bytes;
 use plimsoll::ledger::UnitState;
 use plimsoll::policy::decision::Kind;
+use plimsoll::policy::{Core, Rules, Saved};
 use plimsoll::sim::{Scenario, Simulation};
 
 /// A machine with 100 GiB for models, and a service of somebody else that declares 40 and takes 50.
@@ -84,4 +87,14 @@ fn what_was_stopped_to_keep_the_machine_afloat_comes_back_when_all_of_it_fits() 
     s.eat(Bytes::ZERO, Bytes::ZERO).run(200);
     assert_eq!(s.running(), ["ollama.service"]);
     assert_eq!(s.breaches, Vec::<String>::new());
+}
+
+#[test]
+fn a_pin_of_a_service_of_others_that_was_kept_is_forgotten() {
+    let pins =
+        [("ollama.service", true), ("mine", true)].map(|(name, pinned)| (name.parse().unwrap(), pinned));
+    let saved = Saved { pins: BTreeMap::from(pins), ..Saved::default() };
+    let core = Core::new(Rules::default(), saved, true);
+    let kept: Vec<String> = core.pins().keys().map(ToString::to_string).collect();
+    assert_eq!(kept, ["mine"]);
 }

@@ -3,10 +3,14 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
+use zbus::fdo::DBusProxy;
+use zbus::names::BusName;
+
 use super::args::{Common, Top as Args};
 use super::failure::Failure;
 use super::output::{Painter, eprint};
 use super::status::{fetch, overview, read};
+use crate::dbus::{CallError, NAME};
 
 /// Shows it until Ctrl-C, until whoever reads has gone away, or as often as was asked for.
 ///
@@ -17,7 +21,9 @@ pub(super) fn top(common: &Common, args: &Args) -> Result<(), Failure> {
     let (mut rounds, mut away) = (0, false);
     let live = !args.json && io::stdout().is_terminal();
     loop {
-        let text = fetch(common).and_then(|value| {
+        // To ask one that was stopped would start it again.
+        let there = if rounds == 0 { Ok(()) } else { is_there(common) };
+        let text = there.and_then(|()| fetch(common)).and_then(|value| {
             if args.json { Ok(format!("{value}\n")) } else { Ok(overview(&read(value)?, Painter::stdout())) }
         });
         match text {
@@ -43,6 +49,18 @@ pub(super) fn top(common: &Common, args: &Args) -> Result<(), Failure> {
         }
         std::thread::sleep(Duration::from_secs(args.interval));
     }
+}
+
+/// That the daemon has its name on the bus.
+fn is_there(common: &Common) -> Result<(), Failure> {
+    let there = super::block_on(async {
+        let client = super::connect(common).await?;
+        let bus = DBusProxy::new(client.connection()).await.map_err(CallError::from)?;
+        let name = BusName::try_from(NAME).map_err(|error| CallError::Protocol(error.to_string()))?;
+        let owned = bus.name_has_owner(name).await;
+        Ok(owned.map_err(|error| CallError::from(zbus::Error::from(error)))?)
+    })?;
+    if there { Ok(()) } else { Err(Failure::unavailable("plimsolld does not run")) }
 }
 
 fn show(text: &str) -> io::Result<()> {

@@ -278,7 +278,7 @@ mod tests {
         let _served = served.build().await.unwrap();
         let mut polkit = Polkit::new(&connect().build().await.unwrap()).await.unwrap();
         // Long enough to have all of them open at once on a busy machine.
-        polkit.patience = Duration::from_secs(5);
+        polkit.patience = Duration::from_secs(15);
         let polkit = Arc::new(polkit);
         let ask = |user: u32, action: &'static str| {
             let polkit = Arc::clone(&polkit);
@@ -290,9 +290,12 @@ mod tests {
                 asked.push(ask(user, "asks"));
             }
         }
-        while fake.open.lock().unwrap().len() < SLOW.0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let opened = async {
+            while fake.open.lock().unwrap().len() < SLOW.0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(Duration::from_secs(60), opened).await.expect("all of them are open at once");
         // One user too often, and one too many: at once. What polkit knows by itself goes on.
         assert_eq!(ask(1000, "asks").await.unwrap(), Err(Kind::Busy));
         assert_eq!(ask(2000, "asks").await.unwrap(), Err(Kind::Busy));

@@ -60,10 +60,13 @@ impl ControlGroup {
     }
 
     /// The name of the system's unit that it belongs to: below systemd's slices there is nothing but units, and what
-    /// a unit makes below its own group is part of that.
+    /// a unit makes below its own group is part of that. `init` is the group of process 1; in a container that shares
+    /// the host's groups all of systemd's lie below the container's.
     #[must_use]
-    pub fn unit(&self) -> Option<&str> {
-        self.0.split('/').find(|part| !part.is_empty() && !part.ends_with(".slice"))
+    pub fn unit(&self, init: Option<&Self>) -> Option<&str> {
+        let above = init.and_then(|init| init.0.strip_suffix("/init.scope")).unwrap_or_default();
+        let path = self.0.strip_prefix(above).filter(|path| path.starts_with('/'))?;
+        path.split('/').find(|part| !part.is_empty() && !part.ends_with(".slice"))
     }
 
     pub(super) fn file(&self, name: &str) -> String {
@@ -278,7 +281,16 @@ mod tests {
             ("/llm.slice", None),
         ] {
             let group: ControlGroup = path.parse().unwrap();
-            assert_eq!(group.unit(), unit, "{path}");
+            assert_eq!(group.unit(None), unit, "{path}");
+            assert_eq!(group.unit(Some(&"/init.scope".parse().unwrap())), unit, "{path}");
+        }
+        let init: ControlGroup = "/system.slice/docker-7.scope/init.scope".parse().unwrap();
+        for (path, unit) in [
+            ("/system.slice/docker-7.scope/llm.slice/llm@a.service", Some("llm@a.service")),
+            ("/system.slice/docker-77.scope/llm.slice/llm@a.service", None),
+            ("/llm.slice/llm@a.service", None),
+        ] {
+            assert_eq!(path.parse::<ControlGroup>().unwrap().unit(Some(&init)), unit, "{path}");
         }
     }
 

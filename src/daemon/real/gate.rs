@@ -79,7 +79,7 @@ fn near(host: &Host, pid: u32, instance: &Instance) -> Result<(), Fault> {
             format!("only {unit} itself may ask for {instance}, and where process {pid} belongs is unknown");
         Fault::NotTheUnit(format!("{why}: {error}"))
     })?;
-    match group.unit() {
+    match group.unit(host.group_of(1).ok().as_ref()) {
         Some(theirs) if theirs == unit => Ok(()),
         Some(theirs) => Err(stranger(pid, theirs, instance)),
         None => Err(stranger(pid, "no unit", instance)),

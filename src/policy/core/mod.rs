@@ -277,8 +277,9 @@ impl Core {
     /// and no leak is valid any more, but who is owed a return still is.
     #[must_use]
     pub fn new(rules: Rules, saved: Saved, same_boot: bool) -> Self {
-        let mut core =
-            Self { rules, owed: saved.owed, pins: saved.pins, peaks: saved.peaks, ..Self::default() };
+        // Of what belongs to others plimsoll.toml says it.
+        let pins = saved.pins.into_iter().filter(|(model, _)| !model.is_foreign()).collect();
+        let mut core = Self { rules, owed: saved.owed, pins, peaks: saved.peaks, ..Self::default() };
         if same_boot {
             core.holders = saved.holders;
             // A stop that was not begun is decided anew; one that was shows in the unit's state.
