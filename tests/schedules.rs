@@ -192,3 +192,34 @@ proptest! {
         play(&text, &deeds)?;
     }
 }
+
+/// What a random schedule has found: a model that goes into swap stops loading while something eats.
+#[test]
+fn what_goes_down_fast_once_is_expected_to_do_so_again() {
+    let text = "at = []
+        [machine]
+        ladder = true
+        memory = '128GiB'
+        system = '4GiB'
+        swap-room = '130GiB'
+        swap-broken = false
+        fastest = '256MiB'
+        gpus = [{ name = 'card0', kind = 'unified', total = '58GiB', used = '0B' }]
+        [models]
+        m0 = { weights = '19GiB', placement = 'gpu', priority = 0, kv-per-token = '256KiB', private = '512MiB', context = 32768, context-min = 4096, load-seconds = 20, stop-seconds = 14, drain-seconds = 30, file = 7, pinned = false, batch = false }
+        m1 = { weights = '100GiB', placement = 'anonymous', priority = 0, kv-per-token = '256KiB', private = '512MiB', context = 32768, swap = '92200MiB', load-seconds = 24, stop-seconds = 20, drain-seconds = 0, file = 101, pinned = true, batch = false }";
+    let deeds = [
+        Deed::Start(0),
+        Deed::Stop(0),
+        Deed::Start(1),
+        Deed::Stop(1),
+        Deed::Run(18),
+        Deed::Start(0),
+        Deed::Start(1),
+        Deed::Run(4),
+        Deed::RestartDaemon,
+        Deed::Eat(147, 7),
+        Deed::Run(1),
+    ];
+    play(text, &deeds).unwrap();
+}

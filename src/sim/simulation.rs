@@ -44,6 +44,8 @@ pub struct Simulation {
     pub breaches: Vec<String>,
     wake: Option<u64>,
     stepped: u64,
+    /// How fast memory was seen to go down at most, by this daemon.
+    fastest: Bytes,
 }
 
 impl Simulation {
@@ -63,6 +65,7 @@ impl Simulation {
             breaches: Vec::new(),
             wake: None,
             stepped: 0,
+            fastest: Bytes::ZERO,
         }
     }
 
@@ -106,6 +109,7 @@ impl Simulation {
         self.core = Core::new(rules, self.saved.clone(), true);
         self.core.configure(rules, priorities);
         self.wake = None;
+        self.fastest = Bytes::ZERO;
         self.world.daemon_restarted();
         // It looks about before anybody has noticed that it is back.
         self.step(Event::Tick);
@@ -142,7 +146,10 @@ impl Simulation {
 
     /// Hands an event to the decisions and does what they want done.
     pub fn step(&mut self, event: Event) {
-        let machine = self.world.observe();
+        let mut machine = self.world.observe();
+        // As the real one has it of its own readings.
+        self.fastest = self.fastest.max(machine.pressure.falling);
+        machine.pressure.fastest = machine.pressure.fastest.max(self.fastest);
         let before = self.core.holders().clone();
         self.steps += 1;
         self.stepped = self.world.now();
