@@ -30,10 +30,9 @@ pub(super) fn top(common: &Common, args: &Args) -> Result<(), Failure> {
             Ok(text) => {
                 away = false;
                 let frame = if live { redrawn(&text) } else { text };
-                match show(&frame) {
-                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
-                    shown => shown
-                        .map_err(|error| Failure::failed(format!("the output can't be written: {error}")))?,
+                if let Err(error) = show(&frame) {
+                    // Whoever has gone away would be shown nothing for ever.
+                    return Failure::from_output(&error).map_or(Ok(()), Err);
                 }
             }
             Err(failure) if rounds == 0 => return Err(failure),
