@@ -95,26 +95,72 @@ pub fn programs(given: Option<&Path>, profile: &str) -> Result<PathBuf> {
 }
 
 /// Builds the two programs; returns the directory that holds them.
+///
+/// A release's daemon is linked statically with musl where Rust's target for that is installed. All that the daemon
+/// touches is locked in memory, and of the C library nothing else is left then. The command looks up users and hosts as
+/// the machine is set up to do it (nsswitch.conf), which only the machine's own C library can.
 pub fn build(profile: &str) -> Result<PathBuf> {
     crate::man::generate()?;
-    cargo_build("plimsoll", "--bins", profile)
+    let directory = cargo_build("plimsoll", &["--bins"], profile, None)?;
+    if profile != "release" {
+        return Ok(directory);
+    }
+    let Some(target) = static_target()? else { return Ok(directory) };
+    println!("linking plimsolld statically, for {target}");
+    let linked = cargo_build("plimsoll", &["--bin=plimsolld"], profile, Some(&target))?;
+    let both = directory.join("programs");
+    for (from, name) in [(&directory, "plimsoll"), (&linked, "plimsolld")] {
+        put(&from.join(name), &both.join(name), 0o755)?;
+    }
+    Ok(both)
+}
+
+/// This machine's target with musl, where the standard library for it is installed.
+fn static_target() -> Result<Option<String>> {
+    let rustc = || {
+        let mut command = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+        command.current_dir(host::source_root());
+        command
+    };
+    let version = host::output(rustc().arg("-vV"))?;
+    let here = version.lines().find_map(|line| line.strip_prefix("host: ")?.strip_suffix("-gnu"));
+    let Some(target) = here.map(|here| format!("{here}-musl")) else { return Ok(None) };
+    // A target that rustc does not know is none that is installed.
+    let libraries = host::output(rustc().args(["--print=target-libdir", "--target", &target]));
+    let is_installed = libraries.is_ok_and(|path| Path::new(path.trim()).is_dir());
+    if !is_installed {
+        println!(
+            "plimsolld is linked with this machine's C library, about 2 MB of which it keeps in memory;"
+        );
+        println!("'rustup target add {target}' avoids that");
+    }
+    Ok(is_installed.then_some(target))
 }
 
 /// The program that strains memory, for the virtual machine.
 pub fn build_strain(profile: &str) -> Result<PathBuf> {
-    Ok(cargo_build("xtask", "--bin=strain", profile)?.join("strain"))
+    Ok(cargo_build("xtask", &["--bin=strain"], profile, None)?.join("strain"))
 }
 
-/// Where the programs are that were built.
-fn cargo_build(package: &str, what: &str, profile: &str) -> Result<PathBuf> {
+/// Where the programs are that were built, for this machine's own target if for no other.
+fn cargo_build(package: &str, what: &[&str], profile: &str, target: Option<&str>) -> Result<PathBuf> {
     let root = host::source_root();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.current_dir(&root).args(["build", "--quiet", "--locked", "--package", package, what]);
+    command.current_dir(&root).args(["build", "--quiet", "--locked", "--package", package]).args(what);
+    let mut directory =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    if let Some(target) = target {
+        // Libraries of the command have parts in C, which the linker leaves out: any compiler will do.
+        let compiler = format!("CC_{}", target.replace('-', "_"));
+        if std::env::var_os(&compiler).is_none() {
+            command.env(compiler, "cc");
+        }
+        command.args(["--target", target]);
+        directory.push(target);
+    }
     host::run(command.args(["--profile", profile]))?;
-    let directory = if profile == "dev" { "debug" } else { profile };
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    Ok(target.join(directory))
+    Ok(directory.join(if profile == "dev" { "debug" } else { profile }))
 }
 
 /// `cargo xtask install`.
