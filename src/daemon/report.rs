@@ -61,6 +61,9 @@ pub struct Pressure {
     pub headroom_bytes: Bytes,
     /// How fast it goes down, beyond what models were promised; bytes per second.
     pub falling_bytes: Bytes,
+    /// The fastest that memory can be used up, as far as it is known; bytes per second. How soon the daemon looks again follows
+    /// from it.
+    pub fastest_bytes: Bytes,
     /// The share of the time in which some task waits for memory, per mille; absent without PSI.
     pub some_permille: Option<u16>,
     /// The share of the time in which all tasks do, per mille; absent without PSI.

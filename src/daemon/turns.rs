@@ -47,7 +47,7 @@ impl Turns {
     }
 }
 
-/// The processor's time that this thread, which is the loop's, has used.
-fn computed() -> Duration {
+/// The processor's time that this thread has used.
+pub(super) fn computed() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }

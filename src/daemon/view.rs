@@ -85,6 +85,7 @@ fn pressure(core: &Core, machine: &Machine) -> Pressure {
         level: level.to_string(),
         headroom_bytes: gauge.headroom,
         falling_bytes: gauge.falling,
+        fastest_bytes: machine.pressure.fastest,
         some_permille: machine.pressure.some,
         full_permille: machine.pressure.full,
         last: relief.map(shown),

@@ -21,8 +21,9 @@ pub fn bench(options: &BenchOptions, programs: &Path) -> Result<()> {
     let lab = boot(options, programs, machine, &models::ensure_disk()?)?;
     let available = idle_models(&lab)?;
     println!(
-        "three models idle in {} MiB, of which {available} are available; each for {LENGTH} s:",
-        machine.memory
+        "three models idle in {} MiB, of which {available} are available and could be used up at {}/s; each for {LENGTH} s:",
+        machine.memory,
+        lab.status()?.pressure.fastest_bytes
     );
     println!("| protector | RSS | anonymous | of files | threads | wake-ups in 60 s | CPU ms in 60 s |");
     println!("|---|---:|---:|---:|---:|---:|---:|");
