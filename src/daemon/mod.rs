@@ -6,6 +6,7 @@
 //! and nothing is published that is not committed. Whatever may block runs on another thread and
 //! comes back as an input. [`Handle`] is what the bus talks to.
 
+mod alarm;
 mod calls;
 pub mod catalog;
 pub mod handle;

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant as Time, sleep_until};
+use tokio::time::Instant as Time;
 
+use super::alarm::Alarm;
 use super::handle::{Handle, LoadOptions};
 use super::input::{Input, Looking, Publication, Swapping, Waiting};
 use super::jobs::Jobs;
@@ -158,6 +159,7 @@ impl Daemon {
     /// # Errors
     /// It can't go on: the bus or systemd is gone.
     pub async fn run(mut self, mut inputs: mpsc::UnboundedReceiver<Input>) -> Result<(), String> {
+        let alarm = Alarm::new().map_err(|error| format!("there is no timer to wake the daemon: {error}"))?;
         self.step(Event::Tick);
         // Nobody hears it where the daemon was started by hand.
         let _ = self.parts.notifier.ready();
@@ -174,7 +176,7 @@ impl Daemon {
                     self.turns.begin(None);
                     self.saving = None;
                 }
-                () = sleep_until(next) => {
+                () = alarm.at(next) => {
                     self.turns.begin(Some(next));
                     let beats = beat <= next;
                     if beats {
