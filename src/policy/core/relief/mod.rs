@@ -33,7 +33,8 @@ const STAY: u64 = 60_000;
 const KEPT_OFF: u64 = 60_000;
 /// What brought nothing is not tried again for so long; milliseconds.
 const IN_VAIN: u64 = 60_000;
-/// For how long it has to last at the rate at which it goes down, for anybody to return; milliseconds.
+/// For how long it has to last at the rate at which it goes down, for anybody to return, and for a shortage to be over;
+/// milliseconds.
 const LASTS: u64 = 300_000;
 /// How long it has to be like that before; milliseconds.
 const CLEAR: u64 = 30_000;
@@ -54,6 +55,9 @@ pub(super) struct Afloat {
     gpu_level: Level,
     sample: Option<Sample>,
     under_way: Option<UnderWay>,
+    /// A model has given its memory back, which goes down all the same. Nobody knows until when: the one may have been
+    /// enough, so another one goes for what is missing, and no more for what will be.
+    gave_way: bool,
     /// One that was told to finish its requests, until when at the latest, and when it was asked last.
     draining: Option<(Instance, u64, u64)>,
     /// Since when each is being stopped, whoever wanted it.
@@ -127,8 +131,12 @@ impl Core {
             };
             return;
         }
-        let shortage = self.read(machine, now);
+        let mut shortage = self.read(machine, now);
+        let gave_way = self.afloat.gave_way;
         self.follow(machine, &shortage, now, out);
+        if self.afloat.gave_way != gave_way {
+            shortage = self.read(machine, now);
+        }
         if self.rules.ladder {
             self.act(machine, &shortage, now, out);
         } else {
@@ -156,7 +164,9 @@ impl Core {
         let gauge = pressure::gauge(machine, &self.holders, falling);
         let gpu = pressure::gpu(self.afloat.gpu_level, machine, &self.holders, reserve);
         let afloat = &mut self.afloat;
-        afloat.level = pressure::level(afloat.level, &gauge, reserve);
+        let ahead = if afloat.gave_way { REACT } else { STOP };
+        afloat.level = pressure::level(afloat.level, &gauge, reserve, ahead);
+        afloat.gave_way &= afloat.level > Level::Calm || gauge.headroom < reserve + gauge.lost_within(LASTS);
         afloat.gpu_level = gpu.map_or(Level::Calm, |(_, _, level)| level);
         afloat.gauge = gauge;
         let holders = &self.holders;
@@ -174,7 +184,7 @@ impl Core {
                 Shortage { level: gpu_level, pool, headroom: free, needed }
             }
             _ => {
-                let needed = pressure::wanted(&gauge, reserve) - gauge.headroom;
+                let needed = pressure::wanted(&gauge, reserve, ahead) - gauge.headroom;
                 Shortage { level, pool: Pool::Memory, headroom: gauge.headroom, needed }
             }
         }
@@ -240,6 +250,7 @@ impl Core {
         }
         self.tell_gain(&under_way, gained, now, out);
         if frees {
+            self.afloat.gave_way |= is_back && relief.pool == Pool::Memory;
             self.quarantine(&under_way, machine, now, out);
         }
     }
