@@ -144,14 +144,16 @@ pub fn gain(
 /// is judged by available memory: with weights read from disk again and again it is slow, and not lost. Attention is left
 /// a quarter above where it is entered, act an eighth, which stops bring with some to spare, the last one at twice that.
 ///
-/// `ahead`: for how long that time has to be, in milliseconds: [`STOP`], or [`REACT`].
+/// `gave_way`: a model has given its memory back, and may have been enough, for nobody knows until when memory goes down.
+/// So the last half of the reserve has to be reached before anything else is done.
 #[must_use]
-pub fn level(before: Level, gauge: &Gauge, reserve: Bytes, ahead: u64) -> Level {
+pub fn level(before: Level, gauge: &Gauge, reserve: Bytes, gave_way: bool) -> Level {
     let last = gauge.lost_within(REACT);
-    let act = reserve.mul_div(1, 2).max(gauge.lost_within(ahead + ahead / 2).min(reserve)).max(last);
+    let most = reserve.mul_div(1, if gave_way { 2 } else { 1 });
+    let act = reserve.mul_div(1, 2).max(gauge.lost_within(STOP + STOP / 2).min(most)).max(last);
     // What loads was promised its memory; where others have taken that, it takes the last of it as fast as a disk reads.
     let at_once = gauge.taken_within(REACT);
-    let critical = reserve.mul_div(1, 8).max(gauge.lost_within(ahead).min(reserve)).max(at_once);
+    let critical = reserve.mul_div(1, 8).max(gauge.lost_within(STOP).min(most)).max(at_once);
     let is = |level, within: bool| if within { level } else { Level::Calm };
     let stays = |level: Level, within: bool| is(level, before >= level && within);
     [
@@ -184,11 +186,14 @@ fn content(reserve: Bytes) -> Bytes {
     left(reserve) - worthwhile(reserve)
 }
 
-/// The headroom that stops have to bring: what they aim at, at the end of the stop and for another one's time. `ahead` is
-/// that of [`level`].
+/// The headroom that stops have to bring: what they aim at, at the end of the stop and for another one's time. After one
+/// that `gave_way`, see [`level`], only what they aim at.
 #[must_use]
-pub fn wanted(gauge: &Gauge, reserve: Bytes, ahead: u64) -> Bytes {
-    left(reserve).max(gauge.lost_within(ahead + ahead / 2).min(reserve)) + gauge.lost_within(ahead)
+pub fn wanted(gauge: &Gauge, reserve: Bytes, gave_way: bool) -> Bytes {
+    if gave_way {
+        return left(reserve) + gauge.lost_within(REACT);
+    }
+    left(reserve).max(gauge.lost_within(STOP + STOP / 2).min(reserve)) + gauge.lost_within(STOP)
 }
 
 /// The pool of a GPU that shares system memory whose models can't get what they were promised, because others took
@@ -254,7 +259,7 @@ mod tests {
 
     #[test]
     fn levels_are_left_well_above_where_they_are_entered() {
-        let of = |before, mib| level(before, &at(Bytes::mib(mib), Bytes::ZERO), RESERVE, STOP);
+        let of = |before, mib| level(before, &at(Bytes::mib(mib), Bytes::ZERO), RESERVE, false);
         assert_eq!(of(Level::Calm, 4096), Level::Calm);
         assert_eq!(of(Level::Calm, 4095), Level::Attention);
         assert_eq!(of(Level::Attention, 5119), Level::Attention);
@@ -270,23 +275,19 @@ mod tests {
 
     #[test]
     fn what_falls_fast_is_met_early_and_never_above_the_reserve() {
-        let after = |ahead: u64, headroom: u64, rate: u64| {
-            level(Level::Calm, &at(Bytes::mib(headroom), Bytes::mib(rate)), RESERVE, ahead)
+        let after = |gave_way, headroom: u64, rate: u64| {
+            level(Level::Calm, &at(Bytes::mib(headroom), Bytes::mib(rate)), RESERVE, gave_way)
         };
-        let of = |headroom, rate| after(STOP, headroom, rate);
+        let of = |headroom, rate| after(false, headroom, rate);
         assert_eq!(of(2500, 800), Level::Attention);
         assert_eq!(of(2399, 800), Level::Act, "gone in three seconds");
         assert_eq!(of(1599, 800), Level::Critical, "gone in two, which a stop takes");
         assert_eq!(of(4097, 9000), Level::Calm);
-        let later = |headroom, rate| after(REACT, headroom, rate);
-        assert_eq!((later(2399, 800), later(2047, 800)), (Level::Attention, Level::Act));
-        assert_eq!(
-            (later(513, 800), later(1199, 8000)),
-            (Level::Act, Level::Critical),
-            "gone before a kill helps"
-        );
+        let later = |headroom, rate| after(true, headroom, rate);
+        assert_eq!((later(2049, 1500), later(2047, 800)), (Level::Attention, Level::Act));
+        assert_eq!((later(2047, 1500), later(2399, 20_000)), (Level::Critical, Level::Critical));
         // A small reserve that is gone before a kill could help is too small.
-        let small = level(Level::Calm, &at(Bytes::mib(140), Bytes::gib(1)), Bytes::mib(128), STOP);
+        let small = level(Level::Calm, &at(Bytes::mib(140), Bytes::gib(1)), Bytes::mib(128), false);
         assert_eq!(small, Level::Critical);
     }
 
@@ -300,7 +301,7 @@ mod tests {
         };
         let of = |available, promised| {
             let gauge = Gauge { falling: Bytes::ZERO, ..load(available, promised) };
-            level(Level::Calm, &gauge, Bytes::mib(512), STOP)
+            level(Level::Calm, &gauge, Bytes::mib(512), false)
         };
         assert_eq!(of(880, 340), Level::Calm);
         assert_eq!(of(300, 340), Level::Critical);
@@ -319,7 +320,7 @@ mod tests {
         let machine = Machine { memory, ..Machine::default() };
         let read = gauge(&machine, &holders, Bytes::ZERO);
         assert_eq!(read.headroom, Bytes::gib(1), "shared by two, and counted once");
-        assert_eq!(level(Level::Calm, &read, RESERVE, STOP), Level::Act);
+        assert_eq!(level(Level::Calm, &read, RESERVE, false), Level::Act);
         assert_eq!(gain(&machine, &holders, Pool::Memory, &[&a]), Bytes::gib(1), "the other one needs them");
 
         holder.streams = true;

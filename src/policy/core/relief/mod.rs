@@ -36,7 +36,7 @@ const IN_VAIN: u64 = 60_000;
 /// For how long it has to last at the rate at which it goes down, for anybody to return, and for a shortage to be over;
 /// milliseconds.
 const LASTS: u64 = 300_000;
-/// How long it has to be like that before; milliseconds.
+/// How long it has to be like that before, and a shortage over; milliseconds.
 const CLEAR: u64 = 30_000;
 /// The first pause between a stop and the return; it doubles with each; milliseconds.
 const BACKOFF: u64 = 60_000;
@@ -55,9 +55,8 @@ pub(super) struct Afloat {
     gpu_level: Level,
     sample: Option<Sample>,
     under_way: Option<UnderWay>,
-    /// A model has given its memory back, which goes down all the same. Nobody knows until when: the one may have been
-    /// enough, so another one goes for what is missing, and no more for what will be.
-    gave_way: bool,
+    /// A model has given its memory back, and until when it was not over all the same.
+    gave_way: Option<u64>,
     /// One that was told to finish its requests, until when at the latest, and when it was asked last.
     draining: Option<(Instance, u64, u64)>,
     /// Since when each is being stopped, whoever wanted it.
@@ -132,9 +131,9 @@ impl Core {
             return;
         }
         let mut shortage = self.read(machine, now);
-        let gave_way = self.afloat.gave_way;
+        let gave_way = self.afloat.gave_way.is_some();
         self.follow(machine, &shortage, now, out);
-        if self.afloat.gave_way != gave_way {
+        if self.afloat.gave_way.is_some() != gave_way {
             shortage = self.read(machine, now);
         }
         if self.rules.ladder {
@@ -164,9 +163,15 @@ impl Core {
         let gauge = pressure::gauge(machine, &self.holders, falling);
         let gpu = pressure::gpu(self.afloat.gpu_level, machine, &self.holders, reserve);
         let afloat = &mut self.afloat;
-        let ahead = if afloat.gave_way { REACT } else { STOP };
-        afloat.level = pressure::level(afloat.level, &gauge, reserve, ahead);
-        afloat.gave_way &= afloat.level > Level::Calm || gauge.headroom < reserve + gauge.lost_within(LASTS);
+        let gave_way = afloat.gave_way.is_some();
+        afloat.level = pressure::level(afloat.level, &gauge, reserve, gave_way);
+        // A look at which the model's memory comes back, or the eater rests, says little.
+        let lasts = gauge.headroom >= reserve.mul_div(1, 2) + gauge.lost_within(LASTS);
+        let is_over = afloat.level < Level::Act && lasts;
+        afloat.gave_way = match afloat.gave_way {
+            Some(_) if !is_over => Some(now),
+            until => until.filter(|until| now < *until + CLEAR),
+        };
         afloat.gpu_level = gpu.map_or(Level::Calm, |(_, _, level)| level);
         afloat.gauge = gauge;
         let holders = &self.holders;
@@ -184,7 +189,7 @@ impl Core {
                 Shortage { level: gpu_level, pool, headroom: free, needed }
             }
             _ => {
-                let needed = pressure::wanted(&gauge, reserve, ahead) - gauge.headroom;
+                let needed = pressure::wanted(&gauge, reserve, gave_way) - gauge.headroom;
                 Shortage { level, pool: Pool::Memory, headroom: gauge.headroom, needed }
             }
         }
@@ -250,7 +255,9 @@ impl Core {
         }
         self.tell_gain(&under_way, gained, now, out);
         if frees {
-            self.afloat.gave_way |= is_back && relief.pool == Pool::Memory;
+            if gained >= relief.expected_bytes.mul_div(1, 2) && relief.pool == Pool::Memory {
+                self.afloat.gave_way = Some(now);
+            }
             self.quarantine(&under_way, machine, now, out);
         }
     }

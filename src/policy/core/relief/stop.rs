@@ -172,7 +172,7 @@ impl Core {
     ) {
         let gauge = self.afloat.gauge;
         // A stop would not be in time.
-        let at_once = gauge.is_gone_within(STOP + REACT);
+        let at_once = shortage.level == Level::Critical && gauge.is_gone_within(STOP + REACT);
         let rescue = match harm {
             _ if at_once => Rescue::Kill,
             Harm::Expired => Rescue::Expire,
