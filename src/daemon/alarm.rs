@@ -63,6 +63,8 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU32, Ordering};
 
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
     use super::*;
 
     const SOON: Duration = Duration::from_millis(300);
@@ -96,7 +98,10 @@ mod tests {
         tokio::select! {
             biased;
             () = alarm.at(begun + Duration::from_millis(20)) => panic!("it was not waited for"),
-            () = async { std::thread::sleep(Duration::from_millis(40)) } => {}
+            () = async {
+                let mut timer = [PollFd::new(alarm.timer.as_fd(), PollFlags::POLLIN)];
+                poll(&mut timer, PollTimeout::NONE).expect("it rings");
+            } => {}
         }
         alarm.at(begun + SOON).await;
         assert!(begun.elapsed() >= SOON);

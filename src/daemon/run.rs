@@ -159,7 +159,11 @@ impl Daemon {
     /// # Errors
     /// It can't go on: the bus or systemd is gone.
     pub async fn run(mut self, mut inputs: mpsc::UnboundedReceiver<Input>) -> Result<(), String> {
-        let alarm = Alarm::new().map_err(|error| format!("there is no timer to wake the daemon: {error}"))?;
+        let alarm = Alarm::new().map_err(|error| {
+            format!(
+                "no timer can be made to wake the daemon: {error} (see LimitNOFILE= in plimsolld.service)"
+            )
+        })?;
         self.step(Event::Tick);
         // Nobody hears it where the daemon was started by hand.
         let _ = self.parts.notifier.ready();
