@@ -10,7 +10,7 @@ mod stop;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use rate::Sample;
+use rate::Readings;
 
 use super::{Action, ActionId, Core, Leak, Outcome};
 use crate::bytes::Bytes;
@@ -56,7 +56,7 @@ pub(super) struct Afloat {
     gauge: Gauge,
     level: Level,
     gpu_level: Level,
-    sample: Option<Sample>,
+    readings: Readings,
     under_way: Option<UnderWay>,
     /// A model has given its memory back, and until when it was not over all the same.
     gave_way: Option<u64>,
@@ -108,7 +108,7 @@ impl Core {
     /// The level, as of the last step, and what is left of memory.
     #[must_use]
     pub fn gauge(&self, machine: &Machine) -> (Level, Gauge) {
-        let gauge = pressure::gauge(machine, &self.holders, self.afloat.gauge.falling);
+        let gauge = pressure::gauge(machine, &self.holders, self.afloat.gauge.fall());
         (self.afloat.level.max(self.afloat.gpu_level), gauge)
     }
 
@@ -151,8 +151,8 @@ impl Core {
 
     fn read(&mut self, machine: &Machine, now: u64) -> Shortage {
         let reserve = self.rules.reserve;
-        let falling = self.falling(machine, now);
-        let gauge = pressure::gauge(machine, &self.holders, falling);
+        let fall = self.falling(machine, now);
+        let gauge = pressure::gauge(machine, &self.holders, fall);
         let gpu = pressure::gpu(self.afloat.gpu_level, machine, &self.holders, reserve);
         let afloat = &mut self.afloat;
         let gave_way = afloat.gave_way.is_some();

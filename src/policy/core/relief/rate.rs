@@ -1,20 +1,47 @@
 //! How fast memory goes down.
 
+use std::collections::VecDeque;
+
 use crate::bytes::Bytes;
 use crate::ledger::{Machine, Reservation};
 use crate::policy::core::Core;
-use crate::policy::pressure::beyond;
+use crate::policy::pressure::{Fall, STOP, beyond};
 
-/// What went on beyond what was promised.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Sample {
-    at: u64,
-    beyond: Bytes,
-    /// Bytes per second, and what it was in the sample before.
-    rate: Bytes,
-    before: Bytes,
-    /// Over how long; milliseconds.
-    over: u64,
+/// The shortest time between two readings; milliseconds.
+const SHORTEST: u64 = 40;
+/// The longest that a rate can be taken over; milliseconds.
+const LONGEST: u64 = 2000;
+
+/// What was used beyond what was promised, from just before the last [`STOP`] on: when, and how much.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Readings(VecDeque<(u64, Bytes)>);
+
+impl Readings {
+    fn add(&mut self, now: u64, beyond: Bytes) {
+        if self.0.back().is_some_and(|(at, _)| now < at + SHORTEST) {
+            return;
+        }
+        self.0.push_back((now, beyond));
+        while self.0.len() > 3 && self.0[1].0 + STOP <= now {
+            self.0.pop_front();
+        }
+    }
+
+    /// The growth between the reading `back` before the last and the one before that, bytes per second, and over how
+    /// long; milliseconds.
+    fn rate(&self, back: usize) -> Option<(Bytes, u64)> {
+        let mut latest = self.0.iter().rev().skip(back);
+        let ((at, beyond), (before_at, before)) = (latest.next()?, latest.next()?);
+        let over = at - before_at;
+        Some(((*beyond - *before).mul_div(1000, over), over))
+    }
+
+    /// What was lost since the least was used; unknown before the second reading.
+    fn lost(&self) -> Option<Bytes> {
+        let (_, last) = self.0.back().filter(|_| self.0.len() > 1)?;
+        let least = self.0.iter().map(|(_, beyond)| *beyond).min()?;
+        Some(*last - least)
+    }
 }
 
 impl Core {
@@ -22,22 +49,18 @@ impl Core {
     /// the rest that counts, where that is known.
     ///
     /// Memory and what models hold of it are read one after the other: what is loaded in between looks like growth of the
-    /// rest in one sample, and the other way round in the next one. So it counts while models load when it lasts for two.
-    pub(super) fn falling(&mut self, machine: &Machine, now: u64) -> Bytes {
-        let beyond = beyond(machine, &self.holders);
-        let none = Sample { at: now, beyond, rate: Bytes::ZERO, before: Bytes::ZERO, over: 0 };
-        let sample = self.afloat.sample.get_or_insert(none);
-        let over = now.saturating_sub(sample.at);
-        if over >= 40 {
-            let rate = (beyond - sample.beyond).mul_div(1000, over);
-            *sample = Sample { at: now, beyond, rate, before: sample.rate, over };
-        }
+    /// rest in one reading, and the other way round in the next one. So it counts while models load when it lasts for two.
+    pub(super) fn falling(&mut self, machine: &Machine, now: u64) -> Fall {
+        let readings = &mut self.afloat.readings;
+        readings.add(now, beyond(machine, &self.holders));
         let falling = machine.pressure.falling;
-        match sample {
-            _ if self.holders.values().any(Reservation::loads) => falling.min(sample.rate).min(sample.before),
-            Sample { over: 1..=2000, .. } => falling.min(sample.rate),
+        let rate = |back| readings.rate(back).map_or(Bytes::ZERO, |(rate, _)| rate);
+        let rate = match readings.rate(0) {
+            _ if self.holders.values().any(Reservation::loads) => falling.min(rate(0)).min(rate(1)),
+            Some((rate, over)) if over <= LONGEST => falling.min(rate),
             _ => falling,
-        }
+        };
+        Fall { rate, lost: readings.lost() }
     }
 }
 
@@ -59,12 +82,31 @@ mod tests {
             let phase = Phase::Loading;
             let holder = Reservation { phase, measured, ..Reservation::for_test(predicted) };
             core.holders.insert("a".parse().expect("a name"), holder);
-            core.falling(&machine, at)
+            core.falling(&machine, at).rate
         };
         assert_eq!(falling(0, 9000, 1000), Bytes::ZERO);
         assert_eq!(falling(50, 8900, 1050), Bytes::ZERO, "the model was read too early");
         assert_eq!(falling(100, 8850, 1150), Bytes::ZERO, "and now in time");
         assert_eq!(falling(150, 8800, 1150), Bytes::ZERO);
         assert_eq!(falling(200, 8740, 1150), Bytes::mib(1000), "somebody else takes it: the lower of two");
+    }
+
+    #[test]
+    fn what_was_lost_is_counted_from_the_least_of_the_last_two_seconds() {
+        let mut core = Core::default();
+        let mut machine = Machine::default();
+        machine.memory.total = Bytes::gib(1);
+        let mut lost = |at: u64, left: u64| {
+            machine.memory.available = Bytes::mib(left);
+            core.falling(&machine, at).lost
+        };
+        assert_eq!(lost(0, 300), None, "nothing to compare it with");
+        assert_eq!(lost(10_000, 280), Some(Bytes::mib(20)), "however long it is ago");
+        assert_eq!(lost(10_050, 310), Some(Bytes::ZERO));
+        assert_eq!(lost(10_060, 200), Some(Bytes::ZERO), "too soon for a reading");
+        assert_eq!(lost(10_100, 290), Some(Bytes::mib(20)));
+        assert_eq!(lost(10_150, 283), Some(Bytes::mib(27)));
+        assert_eq!(lost(12_049, 270), Some(Bytes::mib(40)));
+        assert_eq!(lost(12_100, 269), Some(Bytes::mib(21)), "310 is more than two seconds ago");
     }
 }
