@@ -229,6 +229,22 @@ fn a_time_to_finish_that_was_not_needed_in_the_end_is_given_anew_the_next_time()
 }
 
 #[test]
+fn time_to_finish_is_over_when_the_last_quarter_of_the_reserve_is_reached() {
+    let mut s = machine(
+        "",
+        "only = { weights = '40GiB', placement = 'anonymous', priority = 10, drain-seconds = 300 }",
+    );
+    s.start("only").run(200).request("only", 1, 36_000);
+    // 84 GiB are left, and 0.8 in the end.
+    s.eat(Bytes::mib(50), Bytes::mib(85_200)).run(1800);
+    assert_eq!(stopped(&s), ["only"]);
+    let at = s.reliefs[0].decision.at_msec;
+    let announced: Vec<u64> = s.announced.iter().map(|(_, deadline)| *deadline).collect();
+    assert!(matches!(announced[..], [drain, stop] if drain > stop && stop == at), "{announced:?}, {at}");
+    sound(&s);
+}
+
+#[test]
 fn time_to_finish_that_is_not_needed_while_another_one_ends_is_given_anew() {
     let mut s = machine(
         "",

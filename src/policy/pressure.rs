@@ -18,6 +18,9 @@ pub const STOP: u64 = 2000;
 /// What seeing it and killing a control group takes: the shortest look and what cgroup.kill took for 1.2 GB (22 ms),
 /// with room; milliseconds.
 pub const REACT: u64 = 150;
+/// What goes up and down by itself between two looks, however small the reserve: with the kernel's watermarks, whose steps
+/// are those of memory. With room.
+const UNSTEADY: Bytes = Bytes::mib(48);
 /// The longest time between two looks while there is something to look at, and that of the daemon's own pulse:
 /// whoever has that much time needs no other wake-up; milliseconds.
 const PULSE: u64 = 30_000;
@@ -34,10 +37,10 @@ pub struct Gauge {
     pub headroom: Bytes,
     /// Available memory.
     pub available: Bytes,
-    /// How fast it goes down, beyond what models were promised; bytes per second.
+    /// How fast it goes down, beyond what models were promised, as far as that counts; see [`Fall`]. Bytes per second.
     pub falling: Bytes,
-    /// What it has lost by that, see [`Fall`].
-    pub lost: Option<Bytes>,
+    /// The same between the last two looks.
+    pub falling_now: Bytes,
     /// How fast it goes down in all; bytes per second.
     pub falling_in_all: Bytes,
     /// What models were promised and have not taken yet: it may go at any rate.
@@ -46,22 +49,32 @@ pub struct Gauge {
     pub loading: Bytes,
 }
 
-/// How memory goes down beyond what models were promised.
+/// How fast memory goes down beyond what models were promised; bytes per second.
+///
+/// Between two looks what the kernel counts goes up and down by itself (by 31 MiB in a guest that swaps, measured), and a
+/// program that starts is no flood. So the rate of a moment counts for a moment ahead, and for longer once it has cost
+/// something.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fall {
-    /// How fast; bytes per second.
-    pub rate: Bytes,
-    /// What was lost since the least was used in the last [`STOP`]; unknown at the first look.
-    pub lost: Option<Bytes>,
+    /// Between the last two looks.
+    pub now: Bytes,
+    /// What it may be taken to go on with.
+    pub lasting: Bytes,
+}
+
+impl Fall {
+    /// Of the rate between the last two looks and what was lost since the least was used in the last [`STOP`], `None` at
+    /// the first look. Lost is something when it is a quarter of the reserve; less is taken for a rate over that time.
+    #[must_use]
+    pub fn of(now: Bytes, lost: Option<Bytes>, reserve: Bytes) -> Self {
+        let lost = lost.unwrap_or_default();
+        let something = reserve.mul_div(1, 4).max(UNSTEADY);
+        let lasting = if lost >= something { now } else { now.min(lost.mul_div(1000, STOP)) };
+        Self { now, lasting }
+    }
 }
 
 impl Gauge {
-    /// How it goes down.
-    #[must_use]
-    pub fn fall(&self) -> Fall {
-        Fall { rate: self.falling, lost: self.lost }
-    }
-
     /// Whether nothing will be left within so many milliseconds, whoever takes it.
     #[must_use]
     pub fn is_gone_within(&self, msec: u64) -> bool {
@@ -70,8 +83,8 @@ impl Gauge {
 
     /// What will be gone within so many milliseconds, whoever takes it: models take what they were promised and no more.
     fn taken_within(&self, msec: u64) -> Bytes {
-        let theirs = (self.falling_in_all - self.falling).mul_div(msec, 1000);
-        self.lost_within(msec) + theirs.min(self.promised)
+        let theirs = (self.falling_in_all - self.falling_now).mul_div(msec, 1000);
+        self.falling_now.mul_div(msec, 1000) + theirs.min(self.promised)
     }
 
     /// What will be gone within so many milliseconds, beyond what was promised.
@@ -84,13 +97,13 @@ impl Gauge {
 /// Reads the gauge; `fall` is how memory goes down beyond what was promised.
 #[must_use]
 pub fn gauge(machine: &Machine, holders: &BTreeMap<Instance, Reservation>, fall: Fall) -> Gauge {
-    let Fall { rate: falling, lost } = fall;
     let available = machine.memory.available;
     let falling_in_all = machine.pressure.falling;
     let headroom = available - mapped(holders, &[]);
     let loads = promised(machine, holders, Reservation::loads);
     let promised = loads + promised(machine, holders, |r| r.phase == Phase::Running);
-    Gauge { headroom, available, falling, lost, falling_in_all, promised, loading: loads }
+    let Fall { now: falling_now, lasting: falling } = fall;
+    Gauge { headroom, available, falling, falling_now, falling_in_all, promised, loading: loads }
 }
 
 /// What models have not taken yet of what they were promised.
@@ -157,9 +170,7 @@ pub fn gain(
 /// The level of system memory.
 ///
 /// All thresholds come from the reserve, which is what is kept for what was not planned: its last half, and its last
-/// eighth. What goes down fast crosses them earlier, so that there is time for a stop, once it has cost a quarter of the
-/// reserve in a stop's time; one that costs less in that time is met at the half. Between two looks, what the kernel counts
-/// goes up and down by itself (by 31 MiB in a guest that swaps, measured), and a program that starts is no flood. But nothing is done about what
+/// eighth. What goes down fast crosses them earlier, so that there is time for a stop; but nothing is done about what
 /// leaves the reserve alone, however fast it grows, unless not even a kill would be in time. The danger to the machine
 /// is judged by available memory: with weights read from disk again and again it is slow, and not lost. Attention is left
 /// a quarter above where it is entered, act an eighth, which stops bring with some to spare, the last one at twice that.
@@ -168,9 +179,7 @@ pub fn gain(
 /// So the last half of the reserve has to be reached before anything else is done.
 #[must_use]
 pub fn level(before: Level, gauge: &Gauge, reserve: Bytes, gave_way: bool) -> Level {
-    let counts = gauge.lost.is_none_or(|lost| lost >= reserve.mul_div(1, 4));
-    let gauge = &Gauge { falling: if counts { gauge.falling } else { Bytes::ZERO }, ..*gauge };
-    let last = gauge.lost_within(REACT);
+    let last = gauge.falling_now.mul_div(REACT, 1000);
     let most = reserve.mul_div(1, if gave_way { 2 } else { 1 });
     let act = reserve.mul_div(1, 2).max(gauge.lost_within(STOP + STOP / 2).min(most)).max(last);
     // What loads was promised its memory; where others have taken that, it takes the last of it as fast as a disk reads.
@@ -276,7 +285,15 @@ mod tests {
     const RESERVE: Bytes = Bytes::gib(4);
 
     fn at(headroom: Bytes, falling: Bytes) -> Gauge {
-        Gauge { headroom, available: headroom, falling, falling_in_all: falling, ..Gauge::default() }
+        let all = falling;
+        Gauge {
+            headroom,
+            available: headroom,
+            falling,
+            falling_now: all,
+            falling_in_all: all,
+            ..Gauge::default()
+        }
     }
 
     #[test]
@@ -315,15 +332,28 @@ mod tests {
 
     #[test]
     fn a_moment_is_no_flood() {
-        let of = |headroom, lost| {
-            let gauge = Gauge { lost, ..at(Bytes::mib(headroom), Bytes::gib(2)) };
-            level(Level::Calm, &gauge, RESERVE, false)
+        let of = |lost| Fall::of(Bytes::gib(2), lost, RESERVE);
+        assert_eq!(of(None), Fall { now: Bytes::gib(2), lasting: Bytes::ZERO });
+        assert_eq!(of(Some(Bytes::mib(100))).lasting, Bytes::mib(50));
+        assert_eq!(of(Some(Bytes::mib(1023))).lasting, Bytes::mib(1023).mul_div(1, 2), "half a second of it");
+        assert_eq!(of(Some(Bytes::mib(1024))).lasting, Bytes::gib(2));
+        let slow = Fall::of(Bytes::mib(20), Some(Bytes::mib(40)), RESERVE);
+        assert_eq!(slow.lasting, Bytes::mib(20), "one that lasts counts whole");
+        // What was measured while a model was loaded into swap, and the reserve was all that is left.
+        let fall = Fall::of(Bytes::mib(620), Some(Bytes::mib(31)), Bytes::mib(256));
+        let machine = Machine {
+            memory: Memory { available: Bytes::mib(240), ..Memory::default() },
+            ..Machine::default()
         };
-        assert_eq!(of(4095, Some(Bytes::mib(1023))), Level::Attention, "half a second of it");
-        assert_eq!(of(4095, Some(Bytes::mib(1024))), Level::Critical);
-        assert_eq!(of(4095, None), Level::Critical);
-        assert_eq!(of(2047, Some(Bytes::ZERO)), Level::Act);
-        assert_eq!(of(511, Some(Bytes::ZERO)), Level::Critical);
+        let read = gauge(&machine, &BTreeMap::new(), fall);
+        assert_eq!(level(Level::Calm, &read, Bytes::mib(256), false), Level::Attention);
+        // Where not even a kill would be in time, there is none to wait for.
+        let machine = Machine {
+            memory: Memory { available: Bytes::mib(92), ..Memory::default() },
+            ..Machine::default()
+        };
+        let read = gauge(&machine, &BTreeMap::new(), fall);
+        assert_eq!(level(Level::Calm, &read, Bytes::mib(256), false), Level::Critical);
     }
 
     #[test]

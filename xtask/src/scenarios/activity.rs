@@ -74,7 +74,7 @@ pub fn a_ttl_ends_no_request(lab: &mut Lab) -> Result<()> {
     let started = lab.start("small")?;
     ensure!(started.code == 0, "{}{}", started.all(), lab.guest.evidence());
     let before = lab.main_pid("small")?;
-    let tokens = ask_for_seconds(lab, 8001, 16.0, Some(KEY))?;
+    let tokens = ask_for_seconds(lab, 8001, 30.0, Some(KEY))?;
     is_busy(lab, "small")?;
     is_answered(lab, tokens)?;
     let took = lab.guest.ok(
@@ -138,7 +138,7 @@ pub fn requests_end_before_the_stop(lab: &mut Lab) -> Result<()> {
         Config::new("rival-b", 8002).priority(70),
     ])?;
     lab.serve("rival-a", 8001)?;
-    let tokens = ask_for_seconds(lab, 8001, 20.0, None)?;
+    let tokens = ask_for_seconds(lab, 8001, 50.0, None)?;
     is_busy(lab, "rival-a")?;
     lab.guest.ok(
         "systemctl stop listener.service 2>/dev/null; rm -f /run/heard; systemd-run --quiet --unit=listener \

@@ -17,7 +17,7 @@ use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{Machine, Phase, Pool, Reservation};
 use crate::policy::decision::{Decision, Kind, Level, Relief, Rescue};
-use crate::policy::pressure::{self, Gauge, REACT, STOP, gain};
+use crate::policy::pressure::{self, Fall, Gauge, REACT, STOP, gain};
 use crate::policy::request::Mode;
 
 /// How long a stop is waited for while the machine is in no danger; milliseconds.
@@ -53,6 +53,7 @@ const HELPLESS: u64 = 250;
 /// What the ladder remembers.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Afloat {
+    fall: Fall,
     gauge: Gauge,
     level: Level,
     gpu_level: Level,
@@ -108,7 +109,7 @@ impl Core {
     /// The level, as of the last step, and what is left of memory.
     #[must_use]
     pub fn gauge(&self, machine: &Machine) -> (Level, Gauge) {
-        let gauge = pressure::gauge(machine, &self.holders, self.afloat.gauge.fall());
+        let gauge = pressure::gauge(machine, &self.holders, self.afloat.fall);
         (self.afloat.level.max(self.afloat.gpu_level), gauge)
     }
 
@@ -152,6 +153,7 @@ impl Core {
     fn read(&mut self, machine: &Machine, now: u64) -> Shortage {
         let reserve = self.rules.reserve;
         let fall = self.falling(machine, now);
+        self.afloat.fall = fall;
         let gauge = pressure::gauge(machine, &self.holders, fall);
         let gpu = pressure::gpu(self.afloat.gpu_level, machine, &self.holders, reserve);
         let afloat = &mut self.afloat;
@@ -458,7 +460,7 @@ impl Core {
         let gauge = self.afloat.gauge;
         let time = pressure::look_again(machine, &gauge, self.afloat.level, self.rules.reserve);
         let helpless =
-            self.afloat.under_way.is_none() && shortage.level >= Level::Act && gauge.falling.is_zero();
+            self.afloat.under_way.is_none() && shortage.level >= Level::Act && gauge.falling_now.is_zero();
         let time = if helpless { time.map(|time| time.max(HELPLESS)) } else { time };
         let time =
             if self.afloat.gpu_level > Level::Calm { Some(time.unwrap_or(1000).min(1000)) } else { time };

@@ -60,7 +60,7 @@ impl Core {
             Some((rate, over)) if over <= LONGEST => falling.min(rate),
             _ => falling,
         };
-        Fall { rate, lost: readings.lost() }
+        Fall::of(rate, readings.lost(), self.rules.reserve)
     }
 }
 
@@ -82,7 +82,7 @@ mod tests {
             let phase = Phase::Loading;
             let holder = Reservation { phase, measured, ..Reservation::for_test(predicted) };
             core.holders.insert("a".parse().expect("a name"), holder);
-            core.falling(&machine, at).rate
+            core.falling(&machine, at).now
         };
         assert_eq!(falling(0, 9000, 1000), Bytes::ZERO);
         assert_eq!(falling(50, 8900, 1050), Bytes::ZERO, "the model was read too early");
@@ -93,20 +93,20 @@ mod tests {
 
     #[test]
     fn what_was_lost_is_counted_from_the_least_of_the_last_two_seconds() {
-        let mut core = Core::default();
-        let mut machine = Machine::default();
-        machine.memory.total = Bytes::gib(1);
-        let mut lost = |at: u64, left: u64| {
-            machine.memory.available = Bytes::mib(left);
-            core.falling(&machine, at).lost
+        let mut readings = Readings::default();
+        let mut lost = |at: u64, used: u64| {
+            readings.add(at, Bytes::mib(used));
+            readings.lost()
         };
         assert_eq!(lost(0, 300), None, "nothing to compare it with");
-        assert_eq!(lost(10_000, 280), Some(Bytes::mib(20)), "however long it is ago");
-        assert_eq!(lost(10_050, 310), Some(Bytes::ZERO));
-        assert_eq!(lost(10_060, 200), Some(Bytes::ZERO), "too soon for a reading");
-        assert_eq!(lost(10_100, 290), Some(Bytes::mib(20)));
-        assert_eq!(lost(10_150, 283), Some(Bytes::mib(27)));
-        assert_eq!(lost(12_049, 270), Some(Bytes::mib(40)));
-        assert_eq!(lost(12_100, 269), Some(Bytes::mib(21)), "310 is more than two seconds ago");
+        assert_eq!(lost(10_000, 320), Some(Bytes::mib(20)), "however long it is ago");
+        assert_eq!(lost(10_050, 290), Some(Bytes::ZERO));
+        assert_eq!(lost(10_060, 400), Some(Bytes::ZERO), "too soon for a reading");
+        assert_eq!(lost(10_100, 310), Some(Bytes::mib(20)));
+        assert_eq!(lost(10_150, 317), Some(Bytes::mib(27)));
+        assert_eq!(lost(12_049, 330), Some(Bytes::mib(40)));
+        assert_eq!(lost(12_100, 331), Some(Bytes::mib(21)), "290 is more than two seconds ago");
+        assert!((13_000..33_000).step_by(50).all(|at| lost(at, at / 100).is_some()));
+        assert!(readings.0.len() <= 42, "{}", readings.0.len());
     }
 }

@@ -108,9 +108,7 @@ impl Core {
         now: u64,
         out: &mut Vec<Action>,
     ) -> bool {
-        let reserve = self.rules.reserve;
-        let lost = self.afloat.gauge.lost_within(STOP / 4);
-        let hurry = shortage.level == Level::Critical || shortage.headroom < reserve.mul_div(1, 4) + lost;
+        let hurry = self.is_in_a_hurry(shortage);
         if let Some((instance, deadline, asked)) = self.afloat.draining.clone() {
             let works = machine.units.get(&instance).is_some_and(|unit| unit.in_flight() > 0);
             if !hurry && works && now < deadline {
@@ -134,6 +132,12 @@ impl Core {
         !hurry && !stale.is_empty()
     }
 
+    /// Whether there is no time for anybody's answer, or to finish requests.
+    fn is_in_a_hurry(&self, shortage: &Shortage) -> bool {
+        let lost = self.afloat.gauge.lost_within(STOP / 4);
+        shortage.level == Level::Critical || shortage.headroom < self.rules.reserve.mul_div(1, 4) + lost
+    }
+
     /// Whether a busy model is given time to finish its requests before it is stopped.
     pub(super) fn drain(
         &mut self,
@@ -146,11 +150,7 @@ impl Core {
         let drain = self.holders.get(instance).map_or(0, |r| r.drain);
         let works = machine.units.get(instance).is_some_and(|unit| unit.in_flight() > 0);
         let drained = self.afloat.draining.as_ref().is_some_and(|(of, ..)| of == instance);
-        if !works
-            || drain == 0
-            || drained
-            || shortage.level == Level::Critical
-            || self.rules.mode == Mode::Observe
+        if !works || drain == 0 || drained || self.is_in_a_hurry(shortage) || self.rules.mode == Mode::Observe
         {
             self.afloat.draining = None;
             return false;
