@@ -316,6 +316,22 @@ fn weights_that_are_read_from_disk_again_are_no_headroom() {
 }
 
 #[test]
+fn where_only_weights_would_be_read_again_a_busy_one_may_finish() {
+    let mut s = machine(
+        "",
+        "mapped = { weights = '60GiB', placement = 'mapped', private = '2GiB', pinned = true }
+         other = { weights = '30GiB', placement = 'anonymous', priority = 10, drain-seconds = 30 }",
+    );
+    s.start("mapped").start("other").run(200).request("other", 1, 36_000);
+    // 32 GiB are left, and 0.6 in the end.
+    s.eat(Bytes::mib(200), Bytes::mib(32_154)).run(400);
+    assert_eq!(done(&s), [(Rescue::Stop, "other".to_owned())]);
+    let announced: Vec<u64> = s.announced.iter().map(|(_, deadline)| *deadline).collect();
+    assert!(matches!(announced[..], [drain, stop] if stop >= drain), "{announced:?}");
+    sound(&s);
+}
+
+#[test]
 fn gpu_memory_that_others_took_from_models_costs_the_least_important_one() {
     let text = "[machine]\nmemory = '128GiB'\nsystem = '4GiB'
          gpus = [{ name = 'card0', kind = 'unified', total = '64GiB', used = '0B' }]

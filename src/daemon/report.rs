@@ -59,7 +59,7 @@ pub struct Pressure {
     pub level: String,
     /// Available memory without the mapped weights of running models.
     pub headroom_bytes: Bytes,
-    /// How fast it goes down, beyond what models were promised; bytes per second.
+    /// How fast it goes down, beyond what models were promised, as far as that may be taken to go on; bytes per second.
     pub falling_bytes: Bytes,
     /// The fastest that memory can be used up, as far as it is known; bytes per second. How soon the daemon looks again follows
     /// from it.
@@ -305,7 +305,7 @@ pub struct Relief {
     pub level: String,
     /// How much memory was left.
     pub headroom_bytes: Bytes,
-    /// How fast it went down; bytes per second.
+    /// How fast it went down, as far as that could be taken to go on; bytes per second.
     pub falling_bytes: Bytes,
     /// What would have been enough.
     pub needed_bytes: Bytes,

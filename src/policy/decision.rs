@@ -153,7 +153,7 @@ pub struct Relief {
     pub pool: Pool,
     /// How much of it was left, without what running models would read from disk again.
     pub headroom_bytes: Bytes,
-    /// How fast it went down, beyond what loading models are granted; bytes per second.
+    /// How fast it went down, beyond what models were promised, as far as that could be taken to go on; bytes per second.
     pub falling_bytes: Bytes,
     /// What would have been enough.
     pub needed_bytes: Bytes,

@@ -64,7 +64,8 @@ pub struct Fall {
 
 impl Fall {
     /// Of the rate between the last two looks and what was lost since the least was used in the last [`STOP`], `None` at
-    /// the first look. Lost is something when it is a quarter of the reserve; less is taken for a rate over that time.
+    /// the first look. Something is a quarter of the reserve, and at least [`UNSTEADY`]; less is taken for a rate over that
+    /// time.
     #[must_use]
     pub fn of(now: Bytes, lost: Option<Bytes>, reserve: Bytes) -> Self {
         let lost = lost.unwrap_or_default();
@@ -84,7 +85,8 @@ impl Gauge {
     /// What will be gone within so many milliseconds, whoever takes it: models take what they were promised and no more.
     fn taken_within(&self, msec: u64) -> Bytes {
         let theirs = (self.falling_in_all - self.falling_now).mul_div(msec, 1000);
-        self.falling_now.mul_div(msec, 1000) + theirs.min(self.promised)
+        let others = self.falling_now.mul_div(msec.min(REACT), 1000).max(self.lost_within(msec));
+        others + theirs.min(self.promised)
     }
 
     /// What will be gone within so many milliseconds, beyond what was promised.

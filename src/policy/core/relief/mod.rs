@@ -53,7 +53,6 @@ const HELPLESS: u64 = 250;
 /// What the ladder remembers.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Afloat {
-    fall: Fall,
     gauge: Gauge,
     level: Level,
     gpu_level: Level,
@@ -109,7 +108,9 @@ impl Core {
     /// The level, as of the last step, and what is left of memory.
     #[must_use]
     pub fn gauge(&self, machine: &Machine) -> (Level, Gauge) {
-        let gauge = pressure::gauge(machine, &self.holders, self.afloat.fall);
+        let Gauge { falling, falling_now, .. } = self.afloat.gauge;
+        let fall = Fall { now: falling_now, lasting: falling };
+        let gauge = pressure::gauge(machine, &self.holders, fall);
         (self.afloat.level.max(self.afloat.gpu_level), gauge)
     }
 
@@ -153,7 +154,6 @@ impl Core {
     fn read(&mut self, machine: &Machine, now: u64) -> Shortage {
         let reserve = self.rules.reserve;
         let fall = self.falling(machine, now);
-        self.afloat.fall = fall;
         let gauge = pressure::gauge(machine, &self.holders, fall);
         let gpu = pressure::gpu(self.afloat.gpu_level, machine, &self.holders, reserve);
         let afloat = &mut self.afloat;
@@ -241,7 +241,8 @@ impl Core {
         }
     }
 
-    /// What has come back of what is under way, if memory went down meanwhile as it did before.
+    /// What has come back of what is under way, if memory went down meanwhile as it did before, or as it does now: what is
+    /// done at the beginning of a flood is done before its rate is known.
     fn gained(&self, under_way: &UnderWay, machine: &Machine, now: u64) -> Bytes {
         let relief = under_way.relief;
         let headroom = match relief.pool {
@@ -249,7 +250,10 @@ impl Core {
             _ => self.afloat.gauge.headroom,
         };
         let lost = match relief.pool {
-            Pool::Memory => relief.falling_bytes.mul_div(now.saturating_sub(under_way.since), 1000),
+            Pool::Memory => {
+                let falling = relief.falling_bytes.max(self.afloat.gauge.falling);
+                falling.mul_div(now.saturating_sub(under_way.since), 1000)
+            }
             _ => Bytes::ZERO,
         };
         (headroom + lost) - relief.headroom_bytes

@@ -12,7 +12,8 @@ const SHORTEST: u64 = 40;
 /// The longest that a rate can be taken over; milliseconds.
 const LONGEST: u64 = 2000;
 
-/// What was used beyond what was promised, from just before the last [`STOP`] on: when, and how much.
+/// What was used beyond what was promised, from just before the last [`STOP`] on and three times at least: when, and
+/// how much.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Readings(VecDeque<(u64, Bytes)>);
 

@@ -5,7 +5,7 @@ use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::{Machine, Phase, Pool};
 use crate::policy::core::{Action, Core, Effect};
-use crate::policy::decision::{Decision, Kind, Relief, Rescue, Verdict};
+use crate::policy::decision::{Decision, Kind, Level, Relief, Rescue, Verdict};
 use crate::policy::request::Mode;
 
 impl Core {
@@ -94,17 +94,18 @@ impl Core {
 
     pub(super) fn shortage_text(&self, shortage: &Shortage) -> String {
         let (headroom, reserve) = (shortage.headroom, self.rules.reserve);
+        let gauge = &self.afloat.gauge;
+        let falling = if shortage.level == Level::Critical { gauge.falling_now } else { gauge.falling };
         match shortage.pool {
             Pool::Gpu(_) => {
                 format!("{headroom} of GPU memory is left, and others took what models were promised")
             }
-            _ if self.afloat.gauge.falling.is_zero() => {
+            _ if falling.is_zero() => {
                 format!("{headroom} of memory is left of a reserve of {reserve}")
             }
-            _ => format!(
-                "{headroom} of memory is left of a reserve of {reserve}, {} less each second",
-                self.afloat.gauge.falling
-            ),
+            _ => {
+                format!("{headroom} of memory is left of a reserve of {reserve}, {falling} less each second")
+            }
         }
     }
 }

@@ -132,10 +132,12 @@ impl Core {
         !hurry && !stale.is_empty()
     }
 
-    /// Whether there is no time for anybody's answer, or to finish requests.
+    /// Whether there is no time for anybody's answer, or to finish requests: the machine is near the danger that
+    /// [`pressure::level`](crate::policy::pressure::level) judges by available memory too.
     fn is_in_a_hurry(&self, shortage: &Shortage) -> bool {
-        let lost = self.afloat.gauge.lost_within(STOP / 4);
-        shortage.level == Level::Critical || shortage.headroom < self.rules.reserve.mul_div(1, 4) + lost
+        let gauge = &self.afloat.gauge;
+        let near = self.rules.reserve.mul_div(1, 4) + gauge.lost_within(STOP / 4);
+        shortage.level == Level::Critical || gauge.available < near
     }
 
     /// Whether a busy model is given time to finish its requests before it is stopped.
