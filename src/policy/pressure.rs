@@ -64,8 +64,7 @@ pub struct Fall {
 
 impl Fall {
     /// Of the rate between the last two looks and what was lost since the least was used in the last [`STOP`], `None` at
-    /// the first look. Something is a quarter of the reserve, and at least [`UNSTEADY`]; less is taken for a rate over that
-    /// time.
+    /// the first look. Something is a quarter of the reserve, and at least 48 MiB; less is taken for a rate over that time.
     #[must_use]
     pub fn of(now: Bytes, lost: Option<Bytes>, reserve: Bytes) -> Self {
         let lost = lost.unwrap_or_default();
