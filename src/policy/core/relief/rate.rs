@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::bytes::Bytes;
-use crate::ledger::{Machine, Reservation};
+use crate::ledger::{Machine, Phase, Reservation};
 use crate::policy::core::Core;
 use crate::policy::pressure::{Fall, STOP, beyond};
 
@@ -51,6 +51,10 @@ impl Core {
     ///
     /// Memory and what models hold of it are read one after the other: what is loaded in between looks like growth of the
     /// rest in one reading, and the other way round in the next one. So it counts while models load when it lasts for two.
+    ///
+    /// One that belongs partly in swap is kept at a limit of its own by the kernel, with about the reserve left. What it
+    /// holds and what is available go up and down there by a good part of a small reserve (53 MiB within 2 s, measured), so
+    /// that a load was taken for a flood: with such a one only the moment counts, beside the levels themselves.
     pub(super) fn falling(&mut self, machine: &Machine, now: u64) -> Fall {
         let readings = &mut self.afloat.readings;
         readings.add(now, beyond(machine, &self.holders));
@@ -61,14 +65,18 @@ impl Core {
             Some((rate, over)) if over <= LONGEST => falling.min(rate),
             _ => falling,
         };
-        Fall::of(rate, readings.lost(), self.rules.reserve)
+        let swaps = |r: &Reservation| {
+            matches!(r.phase, Phase::Loading | Phase::Running) && !r.predicted.swapped.is_zero()
+        };
+        let lost = readings.lost().filter(|_| !self.holders.values().any(swaps));
+        Fall::of(rate, lost, self.rules.reserve)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::{Footprint, Measured, Phase};
+    use crate::ledger::{Footprint, Measured};
 
     #[test]
     fn what_a_load_takes_between_two_readings_is_no_eater() {
@@ -90,6 +98,26 @@ mod tests {
         assert_eq!(falling(100, 8850, 1150), Bytes::ZERO, "and now in time");
         assert_eq!(falling(150, 8800, 1150), Bytes::ZERO);
         assert_eq!(falling(200, 8740, 1150), Bytes::mib(1000), "somebody else takes it: the lower of two");
+    }
+
+    #[test]
+    fn beside_one_that_swaps_only_the_moment_counts() {
+        let mut core = Core::default();
+        core.rules.reserve = Bytes::mib(256);
+        let mut machine = Machine::default();
+        machine.memory.total = Bytes::gib(2);
+        machine.pressure.falling = Bytes::gib(1);
+        let mut fall = |at: u64, left: u64, swapped: Bytes| {
+            machine.memory.available = Bytes::mib(left);
+            let predicted = Footprint { swapped, ..Footprint::default() };
+            let holder = Reservation { phase: Phase::Running, ..Reservation::for_test(predicted) };
+            core.holders.insert("a".parse().expect("a name"), holder);
+            core.falling(&machine, at)
+        };
+        let rate = Bytes::mib(1000);
+        fall(0, 400, Bytes::ZERO);
+        assert_eq!(fall(100, 300, Bytes::ZERO), Fall { now: rate, lasting: rate });
+        assert_eq!(fall(200, 200, Bytes::gib(1)), Fall { now: rate, lasting: Bytes::ZERO });
     }
 
     #[test]
