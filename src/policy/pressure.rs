@@ -51,9 +51,8 @@ pub struct Gauge {
 
 /// How fast memory goes down beyond what models were promised; bytes per second.
 ///
-/// Between two looks what the kernel counts goes up and down by itself (by 53 MiB within 2 s in a guest that swaps, measured), and a
-/// program that starts is no flood. So the rate of a moment counts for a moment ahead, and for longer once it has cost
-/// something.
+/// What the kernel counts goes up and down by itself (by 53 MiB within 2 s in a guest that swaps, measured), and a program
+/// that starts is no flood. So the rate of a moment counts for a moment ahead, and for longer once it has cost something.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fall {
     /// Between the last two looks.
@@ -286,15 +285,8 @@ mod tests {
     const RESERVE: Bytes = Bytes::gib(4);
 
     fn at(headroom: Bytes, falling: Bytes) -> Gauge {
-        let all = falling;
-        Gauge {
-            headroom,
-            available: headroom,
-            falling,
-            falling_now: all,
-            falling_in_all: all,
-            ..Gauge::default()
-        }
+        let (falling_now, falling_in_all) = (falling, falling);
+        Gauge { headroom, available: headroom, falling, falling_now, falling_in_all, ..Gauge::default() }
     }
 
     #[test]
@@ -340,21 +332,13 @@ mod tests {
         assert_eq!(of(Some(Bytes::mib(1024))).lasting, Bytes::gib(2));
         let slow = Fall::of(Bytes::mib(20), Some(Bytes::mib(40)), RESERVE);
         assert_eq!(slow.lasting, Bytes::mib(20), "one that lasts counts whole");
-        // As while a model is loaded into swap, and the reserve is all that is left.
-        let fall = Fall::of(Bytes::mib(620), Some(Bytes::mib(53)), Bytes::mib(256));
-        let machine = Machine {
-            memory: Memory { available: Bytes::mib(240), ..Memory::default() },
-            ..Machine::default()
-        };
-        let read = gauge(&machine, &BTreeMap::new(), fall);
-        assert_eq!(level(Level::Calm, &read, Bytes::mib(256), false), Level::Attention);
-        // Where not even a kill would be in time, there is none to wait for.
-        let machine = Machine {
-            memory: Memory { available: Bytes::mib(92), ..Memory::default() },
-            ..Machine::default()
-        };
-        let read = gauge(&machine, &BTreeMap::new(), fall);
-        assert_eq!(level(Level::Calm, &read, Bytes::mib(256), false), Level::Critical);
+        // As while a model is loaded into swap; where not even a kill would be in time, there is none to wait for.
+        let (reserve, rate) = (Bytes::mib(256), Bytes::mib(620));
+        for (left, expected) in [(240, Level::Attention), (92, Level::Critical)] {
+            let falling = Fall::of(rate, Some(Bytes::mib(53)), reserve).lasting;
+            let gauge = Gauge { falling, ..at(Bytes::mib(left), rate) };
+            assert_eq!(level(Level::Calm, &gauge, reserve, false), expected, "{left} MiB are left");
+        }
     }
 
     #[test]
