@@ -107,8 +107,8 @@ pub struct Rulebook {
     pub drop_all_cache: bool,
     /// The pressure ladder acts.
     pub ladder: bool,
-    /// The priority of each model.
-    pub priorities: BTreeMap<ModelName, u8>,
+    /// The configured models, as they are shown.
+    pub models: Vec<ModelInfo>,
     /// What is wrong with the configuration, one sentence each.
     pub problems: Vec<String>,
 }

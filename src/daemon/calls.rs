@@ -5,8 +5,9 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use super::handle::{Asker, Fault, LoadOptions};
-use super::input::{Command, Input, Looking, Publication, Purpose, Shown, Swapping, Waiting, Weighed};
+use super::input::{Command, Input, Looking, Publication, Purpose, Swapping, Waiting, Weighed};
 use super::jobs::{Job, JobKind};
+use super::report::Status;
 use super::run::{Daemon, FIRST_TICKET};
 use super::view;
 use crate::config::Instance;
@@ -69,21 +70,20 @@ impl Daemon {
                 let pools = self.core.accounts(&request, &planned, &machine, now);
                 let _ = reply.send(view::planned(&request, planned, pools, now));
             }
-            Command::Status(models, problems, reply) => {
-                let shown = Shown { models, problems, reply };
+            Command::Status(reply) => {
                 let of = self.core.unheard(now);
                 if of.is_empty() {
-                    self.show(vec![shown]);
+                    self.show(vec![reply]);
                     return;
                 }
                 // Who asks while engines are asked waits for the same answers.
                 if let Some(looking) = self.looking.values_mut().find(|looking| looking.of.is_superset(&of)) {
-                    looking.shown.push(shown);
+                    looking.replies.push(reply);
                     return;
                 }
                 self.next_ticket += 1;
                 let id = FIRST_SWAP + self.next_ticket - FIRST_TICKET;
-                self.looking.insert(id, Looking { of: of.clone(), shown: vec![shown] });
+                self.looking.insert(id, Looking { of: of.clone(), replies: vec![reply] });
                 self.perform(id, Effect::AskActivity(of));
             }
             Command::Explain(instance, reply) => {
@@ -97,11 +97,11 @@ impl Daemon {
         }
     }
 
-    fn show(&mut self, shown: Vec<Shown>) {
+    fn show(&mut self, replies: Vec<oneshot::Sender<Status>>) {
         // People see what is being removed as well.
         let (machine, now) = (self.read(), self.parts.ports.now());
-        for Shown { models, problems, reply } in shown {
-            let mut status = view::status(&self.core, &machine, &self.leases, &models, problems, now);
+        for reply in replies {
+            let mut status = view::status(&self.core, &machine, &self.leases, &self.rulebook, now);
             status.unseen = self.parts.ports.unseen();
             status.turns = self.turns.report();
             let _ = reply.send(status);
@@ -191,7 +191,7 @@ impl Daemon {
             None => {
                 if let Some(looking) = self.looking.remove(&id) {
                     self.step(Event::Heard(looking.of.clone()));
-                    self.show(looking.shown);
+                    self.show(looking.replies);
                     return;
                 }
                 if let Some(swapping) = self.swapping.remove(&id) {

@@ -20,7 +20,7 @@ use crate::ledger::{Footprint, Machine, SwapName, SwapOwner, UnitState};
 use crate::os::{pidfd_open, since_boot};
 use crate::policy::core::Effect;
 use crate::policy::{Decision, Mode, Refusal};
-use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Wish};
+use crate::ports::{Catalog, CatalogError, Launch, Wish};
 
 /// Turns at something that blocks: a few at a time, some that wait, and the rest is told to come
 /// again.
@@ -277,13 +277,10 @@ impl Handle {
     /// # Errors
     /// The daemon is overrun with calls, or ending.
     pub async fn status(&self) -> Result<Status, Fault> {
-        let look = |catalog: &dyn Catalog| (catalog.models(), catalog.rulebook());
-        let (models, rules): (Vec<ModelInfo>, _) = self.read(look).await?;
-        let problems = rules.as_ref().map(|rules| rules.problems.clone()).unwrap_or_default();
-        if let Some(rules) = rules {
+        if let Some(rules) = self.read(|catalog| catalog.rulebook()).await? {
             let _ = self.inputs.send(Input::Rules(Box::new(rules)));
         }
-        self.call(|reply| Command::Status(models, problems, reply)).await
+        self.call(Command::Status).await
     }
 
     /// The last decision on an instance; none where nothing was decided yet.

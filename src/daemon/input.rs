@@ -10,12 +10,13 @@ use tokio::sync::{Notify, oneshot};
 use super::handle::{Asker, Fault, LoadOptions};
 use super::jobs::{Job, JobResult};
 use super::leases::{LeaseAsk, LeaseInfo};
+use super::report::{Model, Status};
 use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::SwapName;
 use crate::policy::core::Effect;
 use crate::policy::{Decision, Event, Level, Mode, Request};
-use crate::ports::{CatalogError, Launch, ModelInfo, Rulebook, Wish};
+use crate::ports::{CatalogError, Launch, Rulebook, Wish};
 
 /// One thing that happened.
 #[derive(Debug)]
@@ -79,7 +80,7 @@ pub enum Command {
     /// What a request would lead to.
     Plan(Box<Request>, oneshot::Sender<Decision>),
     /// Everything that is shown of the daemon.
-    Status(Vec<ModelInfo>, Vec<String>, oneshot::Sender<super::report::Status>),
+    Status(oneshot::Sender<Status>),
     /// The last decision on an instance.
     Explain(Instance, oneshot::Sender<Option<Decision>>),
 }
@@ -118,15 +119,7 @@ pub(super) struct Waiting {
 pub(super) struct Looking {
     /// Who was asked.
     pub(super) of: BTreeSet<Instance>,
-    pub(super) shown: Vec<Shown>,
-}
-
-/// A call for the status.
-#[derive(Debug)]
-pub(super) struct Shown {
-    pub(super) models: Vec<ModelInfo>,
-    pub(super) problems: Vec<String>,
-    pub(super) reply: oneshot::Sender<super::report::Status>,
+    pub(super) replies: Vec<oneshot::Sender<Status>>,
 }
 
 /// A call that waits for a swapfile to be made or removed.
@@ -159,4 +152,6 @@ pub enum Publication {
     LeaseEnded(u64),
     /// Enforcing or observing from now on.
     Mode(Mode),
+    /// All models, one of which has changed in what is told of it.
+    Models(Vec<Model>),
 }

@@ -47,7 +47,11 @@ impl Daemon {
             tracing::info!("mode {mode:?}");
             self.tell(Publication::Mode(mode));
         }
-        self.core.configure(rules, rulebook.priorities.clone());
+        let priorities =
+            rulebook.models.iter().filter_map(|model| Some((model.name.clone()?, model.priority)));
+        self.core.configure(rules, priorities.collect());
+        // What is configured is told with the next step.
+        self.digest = 0;
         let _ = self.sender.send(Input::Changed);
     }
 

@@ -88,6 +88,8 @@ pub struct Daemon {
     pub(super) said: String,
     /// How short memory was when that was last published.
     pub(super) level: Level,
+    /// Of the models, when a change of them was last published.
+    pub(super) digest: u64,
     /// Whether a lease is shown as it was too long ago.
     pub(super) late: bool,
     pub(super) ending: bool,
@@ -104,6 +106,7 @@ impl Daemon {
     ) -> (Self, Handle, mpsc::UnboundedReceiver<Publication>) {
         let (publish, published) = mpsc::unbounded_channel();
         let machine = Arc::new(parts.ports.observe());
+        let models = parts.catalog.models();
         let latest = Arc::new(Mutex::new(Arc::clone(&machine)));
         let handle = Handle::new(sender.clone(), Arc::clone(&parts.catalog), Arc::clone(&latest));
         let mut daemon = Self {
@@ -126,11 +129,12 @@ impl Daemon {
             swapping: BTreeMap::new(),
             looking: BTreeMap::new(),
             weighers: Arc::new(Semaphore::new(WEIGHERS)),
-            rulebook: Rulebook::default(),
+            rulebook: Rulebook { models, ..Rulebook::default() },
             wake: None,
             turns: Turns::default(),
             said: String::new(),
             level: Level::Calm,
+            digest: 0,
             late: false,
             ending: false,
             lost: false,
@@ -319,6 +323,12 @@ impl Daemon {
         if level != self.level {
             self.level = level;
             self.tell(Publication::Pressure(level, gauge.headroom));
+        }
+        let digest = view::digest(&self.core, &machine);
+        if digest != self.digest {
+            self.digest = digest;
+            let models = view::instances(&self.core, &machine, &self.rulebook.models, now);
+            self.tell(Publication::Models(models));
         }
         self.drop_the_gone();
         self.adopt_the_unknown(&machine);

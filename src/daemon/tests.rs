@@ -152,6 +152,30 @@ struct Bench {
     run: tokio::task::JoinHandle<Result<(), String>>,
 }
 
+impl Bench {
+    /// What is published next, other than that models have changed.
+    async fn told(&mut self) -> Publication {
+        loop {
+            match self.published.recv().await.unwrap() {
+                Publication::Models(_) => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// What was published of a model since that was last asked: its states.
+    async fn states(&mut self, of: &str) -> Vec<String> {
+        // A round through the loop: all that was sent before has been taken.
+        self.handle.status().await.unwrap();
+        let mut states = Vec::new();
+        while let Ok(publication) = self.published.try_recv() {
+            let Publication::Models(models) = publication else { continue };
+            states.extend(models.into_iter().find(|model| model.instance == of).map(|model| model.state));
+        }
+        states
+    }
+}
+
 fn unit(state: UnitState) -> Unit {
     Unit { state, main_pid: 7, invocation: "i1".into(), ..Unit::default() }
 }
@@ -251,7 +275,7 @@ fn whoever_asks_for_the_status_while_engines_are_asked_waits_for_the_same_answer
         }
         let call = |_| {
             let (reply, answer) = oneshot::channel();
-            let status = Command::Status(bench.fake.models(), Vec::new(), reply);
+            let status = Command::Status(reply);
             bench.inputs.send(Input::Command(Box::new(status))).unwrap();
             answer
         };
@@ -406,7 +430,7 @@ fn refusals_and_mistakes_come_back_as_what_they_are() {
         );
         let decision = bench.handle.explain("vast".into()).await.unwrap().unwrap();
         assert_eq!(decision.refusal.unwrap().instance, name("vast"));
-        assert!(matches!(bench.published.recv().await, Some(Publication::Decision(_))));
+        assert!(matches!(bench.told().await, Publication::Decision(_)));
     });
 }
 
@@ -471,8 +495,34 @@ fn a_mode_that_was_set_is_published_and_survives_a_status() {
     bench(&[], |mut bench| async move {
         bench.handle.set_mode(Mode::Observe).await.unwrap();
         assert_eq!(bench.handle.status().await.unwrap().mode, "observe");
-        let mode = bench.published.recv().await;
-        assert!(matches!(mode, Some(Publication::Mode(Mode::Observe))), "{mode:?}");
+        let mode = bench.told().await;
+        assert!(matches!(mode, Publication::Mode(Mode::Observe)), "{mode:?}");
+    });
+}
+
+#[test]
+fn a_model_that_changes_is_published_and_one_that_is_measured_is_not() {
+    bench(&[("a", UnitState::Activating)], |mut bench| async move {
+        assert_eq!(bench.states("a").await, ["waiting"]);
+        bench.handle.admit(asker("a"), Vec::new(), BTreeMap::new(), BTreeMap::new()).await.unwrap();
+        // What is reserved for it is told before its limits are set, for which it waits.
+        assert_eq!(bench.states("a").await, ["waiting", "loading"]);
+        let running = |measured| Unit {
+            measured: Measured { private: measured, ..Measured::default() },
+            ..unit(UnitState::Active)
+        };
+        for (measured, told) in [(Bytes::gib(1), vec!["running"]), (Bytes::gib(2), Vec::new())] {
+            bench.fake.machine.lock().unwrap().units.insert(name("a"), running(measured));
+            bench.inputs.send(Input::Changed).unwrap();
+            assert_eq!(bench.states("a").await, told, "{measured}");
+        }
+        // What is configured is told as well, without anything else that happens.
+        let info = ModelInfo { name: "new".parse().ok(), ..ModelInfo::default() };
+        let rulebook = Rulebook { models: vec![info], ..Rulebook::default() };
+        bench.inputs.send(Input::Rules(Box::new(rulebook))).unwrap();
+        // The rules are in use a turn later.
+        bench.handle.status().await.unwrap();
+        assert_eq!(bench.states("new").await, ["inactive"]);
     });
 }
 

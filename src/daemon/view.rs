@@ -1,6 +1,7 @@
 //! What is shown of the daemon, worked out from its state and a reading of the machine.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use super::leases::Leases;
 use super::report::{
@@ -16,7 +17,7 @@ use crate::ledger::{
 use crate::policy::core::{Leak, Owed};
 use crate::policy::decision::{Account, Kind};
 use crate::policy::{Core, Decision, Mode, Planned, Refusal, RefusalKind, Request, Verdict};
-use crate::ports::ModelInfo;
+use crate::ports::{ModelInfo, Rulebook};
 
 /// How many decisions `plimsoll status` gets.
 const SHOWN: usize = 16;
@@ -50,8 +51,7 @@ pub(super) fn status(
     core: &Core,
     machine: &Machine,
     leases: &Leases,
-    models: &[ModelInfo],
-    problems: Vec<String>,
+    rulebook: &Rulebook,
     now: u64,
 ) -> Status {
     let mode = match core.rules().mode {
@@ -69,11 +69,11 @@ pub(super) fn status(
             areas: machine.swaps.iter().map(swap_area).collect(),
         },
         pressure: pressure(core, machine),
-        models: instances(core, machine, models, now),
+        models: instances(core, machine, &rulebook.models, now),
         quarantined: core.leaks().iter().map(|leak| quarantined(leak, machine)).collect(),
         leases: self::leases(core, machine, leases),
         decisions: core.decisions().rev().take(SHOWN).map(shown).collect(),
-        problems,
+        problems: rulebook.problems.clone(),
         ..Status::default()
     }
 }
@@ -162,7 +162,7 @@ fn pools(core: &Core, machine: &Machine) -> Vec<PoolReport> {
 }
 
 /// Each configured model's first instance, and every other instance that lives or has failed.
-fn instances(core: &Core, machine: &Machine, models: &[ModelInfo], now: u64) -> Vec<Model> {
+pub(super) fn instances(core: &Core, machine: &Machine, models: &[ModelInfo], now: u64) -> Vec<Model> {
     let known: BTreeMap<&ModelName, &ModelInfo> =
         models.iter().filter_map(|info| Some((info.name.as_ref()?, info))).collect();
     let mut shown: BTreeMap<Instance, Model> = BTreeMap::new();
@@ -194,7 +194,7 @@ fn leases(core: &Core, machine: &Machine, leases: &Leases) -> Vec<Lease> {
             priority: holder.map_or(0, |holder| holder.priority),
             pid: unit.main_pid,
             uid: leases.find(instance).map_or(0, |lease| lease.uid),
-            predicted: holder.map(|holder| predicted(&holder.predicted)).unwrap_or_default(),
+            predicted: holder.map(|holder| predicted(instance, holder)).unwrap_or_default(),
             measured: measured(&unit.measured),
             message: waits.map(|(_, told)| told.to_owned()).unwrap_or_default(),
         }
@@ -202,20 +202,42 @@ fn leases(core: &Core, machine: &Machine, leases: &Leases) -> Vec<Lease> {
     shown.map(one).collect()
 }
 
-fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&ModelInfo>, now: u64) -> Model {
-    let holder = core.holders().get(instance);
-    let waits = core.waiting().find(|(waiting, _)| *waiting == instance).map(|(_, told)| told);
+/// What an instance waits for, where it does.
+fn waits<'a>(core: &'a Core, instance: &Instance) -> Option<&'a str> {
+    core.waiting().find(|(waiting, _)| *waiting == instance).map(|(_, told)| told)
+}
+
+fn state(core: &Core, instance: &Instance, unit: Option<&Unit>) -> &'static str {
     let unit_state = unit.map(|unit| unit.state).unwrap_or_default();
-    let state = match (unit_state, holder.map(|r| r.phase)) {
+    match (unit_state, core.holders().get(instance).map(|r| r.phase)) {
         (UnitState::Failed, _) => "failed",
         (_, Some(Phase::Stopping)) | (UnitState::Deactivating, _) => "stopping",
-        _ if waits.is_some() => "waiting",
+        _ if waits(core, instance).is_some() => "waiting",
         (UnitState::Active, _) => "running",
         (UnitState::Activating, Some(_)) => "loading",
         (UnitState::Activating, None) if instance.is_foreign() => "loading",
         (UnitState::Activating, None) => "waiting",
         (UnitState::Inactive, _) => "inactive",
-    };
+    }
+}
+
+/// A digest of what the bus says of models by signals: another one when any of that has changed. What is configured is
+/// not in it.
+pub(super) fn digest(core: &Core, machine: &Machine) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for (instance, unit) in machine.units.iter().filter(|(instance, _)| !instance.lease) {
+        (instance, state(core, instance, Some(unit))).hash(&mut hasher);
+    }
+    for (instance, holder) in core.holders().iter().filter(|(instance, _)| !instance.lease) {
+        (instance, holder.priority, holder.context, predicted(instance, holder).total()).hash(&mut hasher);
+    }
+    core.pins().hash(&mut hasher);
+    hasher.finish()
+}
+
+fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&ModelInfo>, now: u64) -> Model {
+    let holder = core.holders().get(instance);
+    let waits = waits(core, instance);
     let last = core.decisions().rev().find(|decision| decision.instance.as_ref() == Some(instance));
     let broken = info.and_then(|info| info.broken.clone());
     let owed = core.owed().iter().find(|owed| owed.instance == *instance && holder.is_none());
@@ -234,7 +256,7 @@ fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&Mo
     Model {
         name: instance.model.to_string(),
         instance: instance.to_string(),
-        state: state.to_owned(),
+        state: state(core, instance, unit).to_owned(),
         foreign: instance.is_foreign(),
         priority: holder.map(|r| r.priority).or(info.map(|info| info.priority)).unwrap_or_default(),
         pinned: pinned.unwrap_or_default(),
@@ -246,7 +268,7 @@ fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&Mo
         requests,
         last_used_msec: used,
         idle_seconds: used.map(|used| if requests > Some(0) { 0 } else { now.saturating_sub(used) / 1000 }),
-        predicted: holder.map(|r| predicted(&r.predicted)).unwrap_or_default(),
+        predicted: holder.map(|r| predicted(instance, r)).unwrap_or_default(),
         basis: holder.map(|r| correction(&r.basis)).unwrap_or_default(),
         measured: unit
             .filter(|unit| unit.state.is_alive())
@@ -273,10 +295,12 @@ fn address(first: &str, instance: &Instance) -> String {
     own.map_or_else(|| first.to_owned(), |(host, port)| format!("{host}:{port}"))
 }
 
-fn predicted(footprint: &Footprint) -> Classes {
+fn predicted(instance: &Instance, holder: &Reservation) -> Classes {
+    let footprint = &holder.predicted;
     Classes {
         mapped_bytes: footprint.mapped_bytes(),
-        private_bytes: footprint.private,
+        // Of a unit of somebody else one size is known, of which what it was measured to hold on a GPU is taken off.
+        private_bytes: if instance.is_foreign() { holder.reload } else { footprint.private },
         gpu_bytes: footprint.gpus.iter().copied().sum(),
         swapped_bytes: footprint.swapped,
     }
@@ -347,6 +371,7 @@ fn verdict_of(refusal: &Refusal) -> Verdict {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::{Gpu, GpuKind};
     use crate::policy::{Event, Rules, Rung, Saved};
 
     fn request(gib: u64) -> Request {
@@ -383,7 +408,9 @@ mod tests {
             context: 4096,
             ..ModelInfo::default()
         };
-        let status = status(&core, &machine, &Leases::default(), &[info], vec!["a problem".into()], 65_000);
+        let rulebook =
+            Rulebook { models: vec![info], problems: vec!["a problem".into()], ..Rulebook::default() };
+        let status = status(&core, &machine, &Leases::default(), &rulebook, 65_000);
         let shown: Vec<(&str, &str, &str, u32)> = status
             .models
             .iter()
@@ -395,6 +422,64 @@ mod tests {
         assert_eq!(status.pools[0].reserved_bytes, Bytes::gib(4));
         assert_eq!(status.problems.len(), 1);
         assert!(line(&core, &machine).starts_with("1 model, 4.0 GiB reserved"));
+    }
+
+    #[test]
+    fn what_is_told_by_signals_changes_the_digest_and_what_is_measured_does_not() {
+        let mut machine = machine();
+        let mut core = Core::new(Rules::default(), Saved::default(), true);
+        let instance: Instance = "a".parse().unwrap();
+        let unit = Unit { state: UnitState::Active, invocation: "1".into(), main_pid: 7, ..Unit::default() };
+        let mut seen = vec![digest(&core, &machine)];
+        machine.units.insert(instance.clone(), unit);
+        seen.push(digest(&core, &machine));
+        core.step(Event::Adopt { request: Box::new(request(4)) }, &machine, 5);
+        seen.push(digest(&core, &machine));
+        core.step(Event::Pin(instance.model.clone(), true), &machine, 6);
+        seen.push(digest(&core, &machine));
+        machine.units.get_mut(&instance).unwrap().measured.private = Bytes::gib(3);
+        machine.memory.available = Bytes::gib(11);
+        assert_eq!(seen.last(), Some(&digest(&core, &machine)));
+        machine.units.get_mut(&instance).unwrap().state = UnitState::Deactivating;
+        seen.push(digest(&core, &machine));
+        let different: std::collections::BTreeSet<u64> = seen.iter().copied().collect();
+        assert_eq!(different.len(), 5, "{seen:?}");
+    }
+
+    #[test]
+    fn what_was_promised_is_in_the_digest_and_what_an_adopted_one_holds_is_not() {
+        let mut machine = machine();
+        let unit = Unit { state: UnitState::Active, invocation: "1".into(), main_pid: 7, ..Unit::default() };
+        for text in ["a", "ollama.service"] {
+            machine.units.insert(text.parse().unwrap(), unit.clone());
+        }
+        let adopted = |request: Request, machine: &Machine| {
+            let mut core = Core::new(Rules::default(), Saved::default(), true);
+            core.step(Event::Adopt { request: Box::new(request) }, machine, 5);
+            core
+        };
+        let context = |context| {
+            let mut request = request(4);
+            request.ladder[0].context = context;
+            digest(&adopted(request, &machine), &machine)
+        };
+        assert_ne!(context(4096), context(8192));
+        let bytes = |gib| digest(&adopted(request(gib), &machine), &machine);
+        assert_ne!(bytes(4), bytes(5));
+        let priority = |priority| digest(&adopted(Request { priority, ..request(4) }, &machine), &machine);
+        assert_ne!(priority(50), priority(60));
+
+        let ollama: Instance = "ollama.service".parse().unwrap();
+        let gpu =
+            Gpu { name: "card0".into(), kind: GpuKind::Unified, total: Bytes::gib(8), used: Bytes::gib(3) };
+        machine.gpus = vec![gpu];
+        let mut core =
+            adopted(Request { instance: ollama.clone(), reload: Bytes::gib(4), ..request(4) }, &machine);
+        let before = digest(&core, &machine);
+        machine.units.get_mut(&ollama).unwrap().measured.gpus = vec![Bytes::gib(3)];
+        core.step(Event::Tick, &machine, 6);
+        assert_eq!(core.holders()[&ollama].predicted.private, Bytes::gib(1), "the rest of it");
+        assert_eq!(digest(&core, &machine), before);
     }
 
     #[test]

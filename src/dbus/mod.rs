@@ -3,6 +3,7 @@
 pub mod authorize;
 pub mod client;
 pub mod error;
+mod models;
 mod peer;
 pub mod proxy;
 pub mod server;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use zbus::Connection;
-use zbus::fdo::RequestNameFlags;
+use zbus::fdo::{ObjectManager, RequestNameFlags};
 
 use super::authorize::{Authority, Polkit};
 use super::service::{Manager, Quotes, publish};
@@ -163,6 +163,7 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
         daemon.mode(),
     );
     connection.object_server().at(PATH, manager).await.map_err(failed)?;
+    connection.object_server().at(PATH, ObjectManager).await.map_err(failed)?;
     tokio::spawn(publish(connection.clone(), published));
     tokio::spawn(follow(systemd, units, happened, sender));
     let alone = RequestNameFlags::DO_NOT_QUEUE;

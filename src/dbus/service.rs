@@ -13,6 +13,7 @@ use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant, interface};
 
 use super::authorize::{ACQUIRE_LEASE, Authority, CONFIGURE, MANAGE_MODELS};
 use super::error::{Error, Kind};
+use super::models::Models;
 use super::{PATH, peer};
 use crate::bytes::Bytes;
 use crate::config::{DEFAULT_PRIORITY, Instance, NameError};
@@ -484,16 +485,17 @@ impl LeaseObject {
     }
 }
 
-/// Sends out what the daemon publishes, until it ends.
+/// Sends out what the daemon publishes, and keeps the objects of its models, until it ends.
 pub async fn publish(connection: Connection, mut published: mpsc::UnboundedReceiver<Publication>) {
+    let mut models = Models::default();
     while let Some(publication) = published.recv().await {
-        if let Err(error) = emit(&connection, publication).await {
+        if let Err(error) = emit(&connection, &mut models, publication).await {
             tracing::warn!("a signal could not be sent: {error}");
         }
     }
 }
 
-async fn emit(connection: &Connection, publication: Publication) -> Result<(), Error> {
+async fn emit(connection: &Connection, models: &mut Models, publication: Publication) -> Result<(), Error> {
     let emitter = SignalEmitter::new(connection, PATH)?;
     match publication {
         Publication::Decision(decision) => Manager::decision(&emitter, &json(&decision)?).await?,
@@ -535,6 +537,7 @@ async fn emit(connection: &Connection, publication: Publication) -> Result<(), E
             *object.mode.lock().unwrap_or_else(PoisonError::into_inner) = mode;
             object.mode_changed(manager.signal_emitter()).await?;
         }
+        Publication::Models(now) => models.show(connection.object_server(), now).await?,
     }
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
+use zbus::fdo::ObjectManager;
 
 use super::authorize::Authority;
 use super::service::{Manager, publish};
@@ -92,6 +93,7 @@ pub async fn simulate(scenario: &Path, bus: Option<&str>) -> Result<(), String> 
     let failed = |error: zbus::Error| format!("the private bus does not work: {error}");
     let connection = zbus::connection::Builder::address(address.as_str())
         .serve_at(PATH, manager)
+        .serve_at(PATH, ObjectManager)
         .name(NAME)
         .build()
         .await

@@ -36,6 +36,7 @@ const SYSTEM_FILES: &[Entry] = &[
     entry("systemd/org.plimsoll1.service", "share/dbus-1/system-services/org.plimsoll1.service"),
     entry("systemd/org.plimsoll1.conf", "share/dbus-1/system.d/org.plimsoll1.conf"),
     entry("systemd/org.plimsoll1.xml", "share/dbus-1/interfaces/org.plimsoll1.xml"),
+    entry("systemd/org.plimsoll1.Model.xml", "share/dbus-1/interfaces/org.plimsoll1.Model.xml"),
     entry("systemd/org.plimsoll1.Lease.xml", "share/dbus-1/interfaces/org.plimsoll1.Lease.xml"),
     entry("systemd/org.plimsoll1.Job.xml", "share/dbus-1/interfaces/org.plimsoll1.Job.xml"),
     entry("systemd/plimsoll.catalog", "lib/systemd/catalog/plimsoll.catalog"),

@@ -285,19 +285,7 @@ fn asked(model: &Model, effective: &Effective, wish: &Wish, facts: &Facts) -> As
 impl Catalog for RealCatalog {
     fn models(&self) -> Vec<ModelInfo> {
         let (loaded, settings) = self.current();
-        let good = loaded.models.values().map(info);
-        let broken = loaded.broken.iter().map(|(name, problems)| ModelInfo {
-            name: Some(name.clone()),
-            broken: problems.iter().find(|problem| problem.is_error()).map(ToString::to_string),
-            ..ModelInfo::default()
-        });
-        let adopted = settings.adopted.iter().map(|(name, adopted)| ModelInfo {
-            name: Some(name.clone()),
-            priority: adopted.priority,
-            pinned: adopted.pinned,
-            ..ModelInfo::default()
-        });
-        good.chain(broken).chain(adopted).collect()
+        infos(&loaded, &settings)
     }
 
     fn resolve(&self, text: &str) -> Result<Instance, CatalogError> {
@@ -313,10 +301,6 @@ impl Catalog for RealCatalog {
 
     fn rulebook(&self) -> Option<Rulebook> {
         let (loaded, settings) = self.current();
-        let known = loaded.models.values().map(|model| (model.name.clone(), model.priority));
-        // A model whose file is broken just now is still owed its return.
-        let broken = loaded.broken.keys().map(|name| (name.clone(), config::DEFAULT_PRIORITY));
-        let adopted = settings.adopted.iter().map(|(name, adopted)| (name.clone(), adopted.priority));
         Some(Rulebook {
             mode: match settings.mode {
                 config::Mode::Enforce => Mode::Enforce,
@@ -332,7 +316,7 @@ impl Catalog for RealCatalog {
             },
             drop_all_cache: settings.page_cache.drop_all,
             ladder: settings.pressure.ladder,
-            priorities: broken.chain(known).chain(adopted).collect(),
+            models: infos(&loaded, &settings),
             problems: loaded.problems.iter().map(ToString::to_string).collect(),
         })
     }
@@ -466,6 +450,25 @@ impl Catalog for RealCatalog {
             launch.environment.into_iter().filter(|(name, _)| !config::sounds_secret(name)).collect();
         Ok(Launch { argv: launch.argv, environment })
     }
+}
+
+/// Everything that is configured and shown.
+fn infos(loaded: &Loaded, settings: &config::Daemon) -> Vec<ModelInfo> {
+    let good = loaded.models.values().map(info);
+    // One whose file is broken just now is still owed its return.
+    let broken = loaded.broken.iter().map(|(name, problems)| ModelInfo {
+        name: Some(name.clone()),
+        priority: config::DEFAULT_PRIORITY,
+        broken: problems.iter().find(|problem| problem.is_error()).map(ToString::to_string),
+        ..ModelInfo::default()
+    });
+    let adopted = settings.adopted.iter().map(|(name, adopted)| ModelInfo {
+        name: Some(name.clone()),
+        priority: adopted.priority,
+        pinned: adopted.pinned,
+        ..ModelInfo::default()
+    });
+    good.chain(broken).chain(adopted).collect()
 }
 
 fn info(model: &Model) -> ModelInfo {

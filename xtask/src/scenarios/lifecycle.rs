@@ -69,13 +69,21 @@ pub fn context_shrinks_before_eviction(lab: &mut Lab) -> Result<()> {
 }
 
 /// `plimsoll load` and `unload` go through systemd, wait for the outcome, and report a refusal with
-/// the exit code of the contract.
+/// the exit code of the contract. Anybody sees on the bus how the model is meanwhile.
 pub fn load_and_unload(lab: &mut Lab) -> Result<()> {
     lab.configure(&[Config::new("small", 8001), Config::new("impossible", 8002)])?;
+    let shows = |state: &str| {
+        let property =
+            "busctl get-property org.plimsoll1 /org/plimsoll1/model/small org.plimsoll1.Model State";
+        let ask = format!("test \"$(runuser -u nobody -- {property})\" = 's \"{state}\"'");
+        lab.guest.wait_until(&format!("its object says that it is {state}"), PATIENCE, &ask)
+    };
     lab.guest.ok("plimsoll load small")?;
     lab.guest.completion(8001)?;
+    shows("running")?;
     lab.guest.ok("plimsoll unload small")?;
     ensure!(lab.state("small")? == "inactive", "{}", lab.unit_status("small")?);
+    shows("inactive")?;
     let refused = lab.guest.run("plimsoll load impossible")?;
     ensure!(refused.code == 75 && refused.stderr.contains("GiB"), "{}: {}", refused.code, refused.all());
     let unknown = lab.guest.run("plimsoll load smal")?;
