@@ -55,7 +55,8 @@ impl Finding {
         Self { check, level: Level::Problem, text: text.into(), fix: Some(fix.into()) }
     }
 
-    fn with_fix(self, fix: impl Into<String>) -> Self {
+    /// With what to do about it.
+    pub fn with_fix(self, fix: impl Into<String>) -> Self {
         Self { fix: Some(fix.into()), ..self }
     }
 }

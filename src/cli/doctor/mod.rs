@@ -4,6 +4,7 @@ mod checks;
 mod containers;
 mod engines;
 mod snapshot;
+mod speed;
 
 use std::path::Path;
 
@@ -27,8 +28,9 @@ pub(super) fn doctor(common: &Common, args: &Doctor) -> Result<Exit, Failure> {
     let swaps = loaded.models.values().any(|model| model.oversize == Oversize::Swap);
     let mut found = checks::machine(&Snapshot::read(root, swap, swaps));
     found.push(configuration(&loaded));
-    // A recorded machine has no daemon to reach and no engine to run.
+    // A recorded machine has no disk to read, no daemon to reach and no engine to run.
     if root == Path::new("/") {
+        found.extend(speed::check(&loaded));
         found.push(daemon(common));
         found.extend(engines::check(root, &loaded));
     }

@@ -194,6 +194,7 @@ pub fn doctor_finds_nothing_to_fix(lab: &mut Lab) -> Result<()> {
         ("kernel", ""),
         ("pressure", "PSI"),
         ("cgroups", "version 2"),
+        ("speed", "/srv/models is read at"),
         ("configuration", "1 model"),
         ("daemon", "answers"),
         ("engine", "/usr/bin/llama-server is"),
