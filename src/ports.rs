@@ -97,6 +97,8 @@ pub trait Catalog: Send + Sync {
 /// What the configuration says to the decisions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rulebook {
+    /// Which reading of the configuration this is: a later one has a larger number.
+    pub reading: u64,
     /// Whether decisions are carried out.
     pub mode: Mode,
     /// Memory kept for the system; none: by the size of the machine.

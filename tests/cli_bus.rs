@@ -168,6 +168,18 @@ fn pins_and_modes_are_set() {
 }
 
 #[test]
+fn a_mode_leaves_the_other_rules_as_they_are() {
+    let scenario = SCENARIO.replace("system = \"1GiB\"", "system = \"1GiB\"\nreserve = \"9GiB\"");
+    let Some(machine) = Simulated::start(&scenario) else { return };
+    let capacity = || machine.json(&["status"])["pools"][0]["capacity_bytes"].as_u64().unwrap();
+    let before = capacity();
+    assert_eq!(before, (32 - 9 - 1) << 30);
+    machine.ok(&["mode", "observe"]);
+    machine.ok(&["mode", "enforce"]);
+    assert_eq!(capacity(), before);
+}
+
+#[test]
 fn what_is_not_configured_is_78() {
     let Some(machine) = Simulated::start(SCENARIO) else { return };
     for verb in ["load", "unload", "plan", "explain", "pin", "status"] {

@@ -10,6 +10,9 @@ use crate::ports::Rulebook;
 
 impl Daemon {
     pub(super) fn configure(&mut self, rulebook: Rulebook, first: bool) {
+        // What was read before what is in use has been overtaken on its way here.
+        let overtaken = rulebook.reading < self.rulebook.reading;
+        let rulebook = if overtaken { self.rulebook.clone() } else { rulebook };
         if !first && rulebook == self.rulebook && self.mode_as(&rulebook) == self.core.rules().mode {
             return;
         }

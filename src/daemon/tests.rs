@@ -517,11 +517,18 @@ fn a_model_that_changes_is_published_and_one_that_is_measured_is_not() {
             assert_eq!(bench.states("a").await, told, "{measured}");
         }
         // What is configured is told as well, without anything else that happens.
-        let info = ModelInfo { name: "new".parse().ok(), ..ModelInfo::default() };
-        let rulebook = Rulebook { models: vec![info], ..Rulebook::default() };
-        bench.inputs.send(Input::Rules(Box::new(rulebook))).unwrap();
+        let read = |model: &str, reading| {
+            let info = ModelInfo { name: model.parse().ok(), ..ModelInfo::default() };
+            let rulebook = Rulebook { models: vec![info], reading, ..Rulebook::default() };
+            bench.inputs.send(Input::Rules(Box::new(rulebook))).unwrap();
+        };
+        read("new", 2);
+        read("old", 1);
         // The rules are in use a turn later.
         bench.handle.status().await.unwrap();
+        let models = bench.handle.status().await.unwrap().models;
+        let known: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
+        assert_eq!(known, ["a", "new"], "what was read later counts");
         assert_eq!(bench.states("new").await, ["inactive"]);
     });
 }

@@ -231,6 +231,8 @@ pub(super) fn digest(core: &Core, machine: &Machine) -> u64 {
     for (instance, holder) in core.holders().iter().filter(|(instance, _)| !instance.lease) {
         (instance, holder.priority, holder.context, predicted(instance, holder).total()).hash(&mut hasher);
     }
+    // Also of whom systemd knows nothing yet.
+    core.waiting().for_each(|(instance, _)| instance.hash(&mut hasher));
     core.pins().hash(&mut hasher);
     hasher.finish()
 }
@@ -297,11 +299,12 @@ fn address(first: &str, instance: &Instance) -> String {
 
 fn predicted(instance: &Instance, holder: &Reservation) -> Classes {
     let footprint = &holder.predicted;
+    let gpus = footprint.gpus.iter().copied().sum();
     Classes {
         mapped_bytes: footprint.mapped_bytes(),
-        // Of a unit of somebody else one size is known, of which what it was measured to hold on a GPU is taken off.
-        private_bytes: if instance.is_foreign() { holder.reload } else { footprint.private },
-        gpu_bytes: footprint.gpus.iter().copied().sum(),
+        private_bytes: footprint.private,
+        // Of a unit of somebody else one size is known, and what it was measured to hold on a GPU is taken off `private`.
+        gpu_bytes: if instance.is_foreign() { gpus + (holder.reload - footprint.private) } else { gpus },
         swapped_bytes: footprint.swapped,
     }
 }
@@ -478,7 +481,10 @@ mod tests {
         let before = digest(&core, &machine);
         machine.units.get_mut(&ollama).unwrap().measured.gpus = vec![Bytes::gib(3)];
         core.step(Event::Tick, &machine, 6);
-        assert_eq!(core.holders()[&ollama].predicted.private, Bytes::gib(1), "the rest of it");
+        let holder = &core.holders()[&ollama];
+        assert_eq!(holder.predicted.private, Bytes::gib(1), "the rest of it");
+        let shown = predicted(&ollama, holder);
+        assert_eq!((shown.private_bytes, shown.gpu_bytes), (Bytes::gib(1), Bytes::gib(3)));
         assert_eq!(digest(&core, &machine), before);
     }
 

@@ -70,8 +70,7 @@ pub async fn simulate(scenario: &Path, bus: Option<&str>) -> Result<(), String> 
     };
     let (sender, inputs) = mpsc::unbounded_channel();
     signals::watch(&sender, true)?;
-    let mut core = Core::new(scenario.rules(), Saved::default(), true);
-    core.configure(scenario.rules(), scenario.priorities());
+    let core = Core::new(scenario.rules(), Saved::default(), true);
     let to_loop = sender.clone();
     let parts = Parts {
         // The loop may have ended before the machine.

@@ -10,8 +10,8 @@ use super::world::{Emitted, World};
 use crate::ledger::{Gpu, Machine};
 use crate::os::since_boot;
 use crate::policy::core::Effect;
-use crate::policy::{ActionId, Event, Refusal, Request, Rung};
-use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Outcomes, Ports, Wish};
+use crate::policy::{ActionId, Event, Refusal, Request, Rules, Rung};
+use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Outcomes, Ports, Rulebook, Wish};
 
 /// [`Ports`] over a [`World`].
 pub struct SimPorts {
@@ -154,6 +154,12 @@ impl Catalog for SimCatalog {
             ..ModelInfo::default()
         };
         self.scenario.models.iter().map(info).collect()
+    }
+
+    fn rulebook(&self) -> Option<Rulebook> {
+        let Rules { reserve, mode, peers, drop_all_cache, ladder } = self.scenario.rules();
+        let (reserve, models) = (Some(reserve), self.models());
+        Some(Rulebook { mode, reserve, peers, drop_all_cache, ladder, models, ..Rulebook::default() })
     }
 
     fn request(&self, wish: &Wish, _gpus: &[Gpu]) -> Result<Request, CatalogError> {

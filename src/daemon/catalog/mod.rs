@@ -300,8 +300,12 @@ impl Catalog for RealCatalog {
     }
 
     fn rulebook(&self) -> Option<Rulebook> {
-        let (loaded, settings) = self.current();
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        let (loaded, settings) = sources.current();
+        let reading = sources.readings();
+        drop(sources);
         Some(Rulebook {
+            reading,
             mode: match settings.mode {
                 config::Mode::Enforce => Mode::Enforce,
                 config::Mode::Observe => Mode::Observe,

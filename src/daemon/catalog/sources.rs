@@ -20,6 +20,7 @@ pub(super) struct Sources {
     loaded: Arc<Loaded>,
     /// The last settings of the daemon that had no error.
     settings: Arc<config::Daemon>,
+    readings: u64,
 }
 
 impl Sources {
@@ -29,6 +30,7 @@ impl Sources {
             stamps: Vec::new(),
             loaded: Arc::new(Loaded { unread: true, ..Loaded::default() }),
             settings: Arc::default(),
+            readings: 0,
         };
         sources.read();
         sources
@@ -38,6 +40,7 @@ impl Sources {
     pub(super) fn read(&mut self) {
         // Taken before: what changes while it is read is read once more.
         self.stamps = stamps(&self.root);
+        self.readings += 1;
         let mut loaded = engine::load(&self.root);
         // Those that run are still asked and known by their aliases. None starts: `plimsoll run` reads the files itself.
         if loaded.unread && !self.loaded.unread {
@@ -55,6 +58,11 @@ impl Sources {
             self.read();
         }
         (Arc::clone(&self.loaded), Arc::clone(&self.settings))
+    }
+
+    /// How often it was read.
+    pub(super) const fn readings(&self) -> u64 {
+        self.readings
     }
 }
 
