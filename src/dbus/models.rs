@@ -101,16 +101,26 @@ impl Models {
     ) -> Result<(), Error> {
         let models: BTreeMap<String, ModelObject> =
             models.into_iter().map(|model| (model.instance.clone(), model.into())).collect();
-        let shown = std::mem::replace(&mut self.0, models.clone());
-        for instance in shown.keys().filter(|instance| !models.contains_key(*instance)) {
-            server.remove::<ModelObject, _>(path(instance)?).await?;
+        let is_gone = |instance: &&String| !models.contains_key(*instance);
+        let gone: Vec<String> = self.0.keys().filter(is_gone).cloned().collect();
+        for instance in gone {
+            self.0.remove(&instance);
+            server.remove::<ModelObject, _>(path(&instance)?).await?;
         }
         for (instance, model) in models {
             let path = path(&instance)?;
-            match shown.get(&instance) {
+            match self.0.get_mut(&instance) {
+                // What has not changed stays where it is: memory that is taken while a model's vocabulary is read would
+                // keep what lies around it from being given back.
                 Some(shown) if *shown == model => {}
-                Some(shown) => change(server, path, shown, model).await?,
-                None => drop(server.at(path, model).await?),
+                Some(shown) => {
+                    let before = std::mem::replace(shown, model.clone());
+                    change(server, path, &before, model).await?;
+                }
+                None => {
+                    self.0.insert(instance, model.clone());
+                    server.at(path, model).await?;
+                }
             }
         }
         Ok(())
