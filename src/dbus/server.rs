@@ -24,7 +24,7 @@ use crate::daemon::real::{
 use crate::daemon::survey::Survey;
 use crate::daemon::{Daemon, Input, Parts, journal, leases, signals};
 use crate::host::Host;
-use crate::os::{lock_memory, stored_descriptors};
+use crate::os::{lock_memory, refuse_huge_pages, stored_descriptors};
 use crate::policy::{Core, Rules};
 use crate::ports::Catalog;
 
@@ -35,6 +35,8 @@ const BLOCKING_THREADS: usize = 32;
 
 /// Runs a daemon to its end, on this thread.
 pub fn run(daemon: impl Future<Output = Result<(), String>>) -> ExitCode {
+    // Before there is another thread. Where that can't be had, the daemon is larger.
+    let _ = refuse_huge_pages();
     let journal = journal::start();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -10,6 +10,17 @@ pub fn release_memory() {
     }
 }
 
+/// Has this process, and what it executes, use no transparent huge pages (PR_SET_THP_DISABLE of prctl(2)).
+///
+/// The stack of a thread is as large as one, and where address randomisation puts it right, its first page is one: 2 MiB
+/// that nobody uses, and locked (measured: in two of four starts).
+///
+/// # Errors
+/// The kernel is older than 3.15.
+pub fn refuse_huge_pages() -> nix::Result<()> {
+    nix::sys::prctl::set_thp_disable(true)
+}
+
 /// Locks this process's pages, those that it has and those that it will touch, so that it can act
 /// when nothing can be read in.
 ///

@@ -24,6 +24,9 @@ pub fn installs_in_good_order(lab: &mut Lab) -> Result<()> {
     )?;
     let protected: Vec<u64> = protected.lines().filter_map(|line| line.parse().ok()).collect();
     ensure!(protected.len() == 5 && !protected.contains(&0), "not protected: {protected:?}");
+    // Its stacks are not rounded up to huge pages, which would be locked.
+    let sizes = guest.ok("cat /proc/$(systemctl show --value -p MainPID plimsolld.service)/status")?;
+    ensure!(sizes.lines().any(|line| line == "THP_enabled:\t0"), "it may have huge pages: {sizes}");
     // Everyone may read; the bus brings the daemon up by itself.
     guest.ok("busctl call org.plimsoll1 /org/plimsoll1 org.plimsoll1.Manager Status")?;
     guest.ok("setpriv --reuid=nobody --clear-groups plimsoll status")?;
