@@ -1,30 +1,21 @@
 //! Holds `systemd/org.plimsoll1*.xml` to what the daemon serves, and shows its models as other programs see them.
 
-#![allow(clippy::unwrap_used)] // a test fails by panicking
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)] // a test: what is wrong has to stop it
+
+#[allow(dead_code)] // nothing here runs the command
+mod common;
 
 use std::collections::HashMap;
 use std::future::poll_fn;
-use std::io::{BufRead, BufReader};
 use std::num::NonZero;
 use std::path::Path;
 use std::pin::Pin;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use common::Simulated;
 use futures_core::Stream;
 use zbus::fdo::{ManagedObjects, ObjectManagerProxy};
 use zbus::{Connection, MatchRule, MessageStream, OwnedObjectPath, OwnedVariant, Variant, message};
-
-/// A daemon on a simulated machine and a bus of its own.
-struct Daemon(Child);
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let pid = nix::unistd::Pid::from_raw(self.0.id().try_into().unwrap());
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-        let _ = self.0.wait();
-    }
-}
 
 /// The members of an interface, in the order of their names: methods and signals with their arguments,
 /// properties with their access. Names of results are documentation only.
@@ -55,29 +46,11 @@ fn members(xml: &str, interface: &str) -> Vec<String> {
     members
 }
 
-/// A daemon on a simulated server, and its bus; none, with the reason printed, where there is no dbus-daemon.
-async fn serve() -> Option<(Daemon, Connection)> {
-    if Command::new("dbus-daemon").arg("--version").output().is_err() {
-        eprintln!("skipped: dbus-daemon is not installed");
-        return None;
-    }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let child = Command::new(env!("CARGO_BIN_EXE_plimsolld"))
-        .arg("--simulate")
-        .arg(root.join("config/simulate/small-server.toml"))
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut daemon = Daemon(child);
-    let mut address = String::new();
-    BufReader::new(daemon.0.stdout.take().unwrap()).read_line(&mut address).unwrap();
-    let address = address.trim().split_once('=').unwrap().1;
-    let bus = zbus::connection::Builder::address(address).build().await.unwrap();
-    Some((daemon, bus))
-}
-
-async fn call(bus: &Connection, path: &str, interface: &str, method: &str) -> zbus::Message {
-    bus.call_method(Some(NAME), path, Some(interface), method, &()).await.unwrap()
+/// A daemon on a simulated server, and its bus.
+async fn serve() -> Option<(Simulated, Connection)> {
+    let machine = Simulated::start(include_str!("../config/simulate/small-server.toml"))?;
+    let bus = zbus::connection::Builder::address(machine.bus.as_str()).build().await.unwrap();
+    Some((machine, bus))
 }
 
 /// All objects, once one of `path` is there, or has gone.
@@ -115,7 +88,8 @@ async fn the_interfaces_shipped_are_those_served() {
         ("/org/plimsoll1/model/chat", MODEL, "org.plimsoll1.Model.xml", 7),
     ];
     for (path, interface, file, least) in served {
-        let reply = call(&bus, path, "org.freedesktop.DBus.Introspectable", "Introspect").await;
+        let introspectable = Some("org.freedesktop.DBus.Introspectable");
+        let reply = bus.call_method(Some(NAME), path, introspectable, "Introspect", &()).await.unwrap();
         let served: String = reply.body().deserialize().unwrap();
         let shipped = std::fs::read_to_string(root.join("systemd").join(file)).unwrap();
         let members = |xml: &str| self::members(xml, interface);

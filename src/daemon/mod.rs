@@ -9,6 +9,7 @@
 mod alarm;
 mod calls;
 pub mod catalog;
+mod digest;
 pub mod handle;
 mod input;
 mod jobs;

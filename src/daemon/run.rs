@@ -16,7 +16,7 @@ use super::leases::{CATCH_UP, KeptLease, Leases};
 use super::state::{Durable, Store};
 use super::survey::Survey;
 use super::turns::Turns;
-use super::{journal, view};
+use super::{digest, journal, view};
 use crate::action::notify::{Notifier, watchdog_interval};
 use crate::config::Instance;
 use crate::ledger::{Machine, SwapName};
@@ -324,7 +324,7 @@ impl Daemon {
             self.level = level;
             self.tell(Publication::Pressure(level, gauge.headroom));
         }
-        let digest = view::digest(&self.core, &machine);
+        let digest = digest::of(&self.core, &machine);
         if digest != self.digest {
             self.digest = digest;
             let models = view::instances(&self.core, &machine, &self.rulebook.models, now);

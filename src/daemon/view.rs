@@ -1,7 +1,6 @@
 //! What is shown of the daemon, worked out from its state and a reading of the machine.
 
 use std::collections::BTreeMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 
 use super::leases::Leases;
 use super::report::{
@@ -207,7 +206,8 @@ fn waits<'a>(core: &'a Core, instance: &Instance) -> Option<&'a str> {
     core.waiting().find(|(waiting, _)| *waiting == instance).map(|(_, told)| told)
 }
 
-fn state(core: &Core, instance: &Instance, unit: Option<&Unit>) -> &'static str {
+/// As `plimsoll status` names it.
+pub(super) fn state(core: &Core, instance: &Instance, unit: Option<&Unit>) -> &'static str {
     let unit_state = unit.map(|unit| unit.state).unwrap_or_default();
     match (unit_state, core.holders().get(instance).map(|r| r.phase)) {
         (UnitState::Failed, _) => "failed",
@@ -219,22 +219,6 @@ fn state(core: &Core, instance: &Instance, unit: Option<&Unit>) -> &'static str 
         (UnitState::Activating, None) => "waiting",
         (UnitState::Inactive, _) => "inactive",
     }
-}
-
-/// A digest of what the bus says of models by signals: another one when any of that has changed. What is configured is
-/// not in it.
-pub(super) fn digest(core: &Core, machine: &Machine) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    for (instance, unit) in machine.units.iter().filter(|(instance, _)| !instance.lease) {
-        (instance, state(core, instance, Some(unit))).hash(&mut hasher);
-    }
-    for (instance, holder) in core.holders().iter().filter(|(instance, _)| !instance.lease) {
-        (instance, holder.priority, holder.context, predicted(instance, holder).total()).hash(&mut hasher);
-    }
-    // Also of whom systemd knows nothing yet.
-    core.waiting().for_each(|(instance, _)| instance.hash(&mut hasher));
-    core.pins().hash(&mut hasher);
-    hasher.finish()
 }
 
 fn model(core: &Core, instance: &Instance, unit: Option<&Unit>, info: Option<&ModelInfo>, now: u64) -> Model {
@@ -297,7 +281,8 @@ fn address(first: &str, instance: &Instance) -> String {
     own.map_or_else(|| first.to_owned(), |(host, port)| format!("{host}:{port}"))
 }
 
-fn predicted(instance: &Instance, holder: &Reservation) -> Classes {
+/// What is reserved for it, as it is shown.
+pub(super) fn predicted(instance: &Instance, holder: &Reservation) -> Classes {
     let footprint = &holder.predicted;
     let gpus = footprint.gpus.iter().copied().sum();
     Classes {
@@ -374,7 +359,6 @@ fn verdict_of(refusal: &Refusal) -> Verdict {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::{Gpu, GpuKind};
     use crate::policy::{Event, Rules, Rung, Saved};
 
     fn request(gib: u64) -> Request {
@@ -425,67 +409,6 @@ mod tests {
         assert_eq!(status.pools[0].reserved_bytes, Bytes::gib(4));
         assert_eq!(status.problems.len(), 1);
         assert!(line(&core, &machine).starts_with("1 model, 4.0 GiB reserved"));
-    }
-
-    #[test]
-    fn what_is_told_by_signals_changes_the_digest_and_what_is_measured_does_not() {
-        let mut machine = machine();
-        let mut core = Core::new(Rules::default(), Saved::default(), true);
-        let instance: Instance = "a".parse().unwrap();
-        let unit = Unit { state: UnitState::Active, invocation: "1".into(), main_pid: 7, ..Unit::default() };
-        let mut seen = vec![digest(&core, &machine)];
-        machine.units.insert(instance.clone(), unit);
-        seen.push(digest(&core, &machine));
-        core.step(Event::Adopt { request: Box::new(request(4)) }, &machine, 5);
-        seen.push(digest(&core, &machine));
-        core.step(Event::Pin(instance.model.clone(), true), &machine, 6);
-        seen.push(digest(&core, &machine));
-        machine.units.get_mut(&instance).unwrap().measured.private = Bytes::gib(3);
-        machine.memory.available = Bytes::gib(11);
-        assert_eq!(seen.last(), Some(&digest(&core, &machine)));
-        machine.units.get_mut(&instance).unwrap().state = UnitState::Deactivating;
-        seen.push(digest(&core, &machine));
-        let different: std::collections::BTreeSet<u64> = seen.iter().copied().collect();
-        assert_eq!(different.len(), 5, "{seen:?}");
-    }
-
-    #[test]
-    fn what_was_promised_is_in_the_digest_and_what_an_adopted_one_holds_is_not() {
-        let mut machine = machine();
-        let unit = Unit { state: UnitState::Active, invocation: "1".into(), main_pid: 7, ..Unit::default() };
-        for text in ["a", "ollama.service"] {
-            machine.units.insert(text.parse().unwrap(), unit.clone());
-        }
-        let adopted = |request: Request, machine: &Machine| {
-            let mut core = Core::new(Rules::default(), Saved::default(), true);
-            core.step(Event::Adopt { request: Box::new(request) }, machine, 5);
-            core
-        };
-        let context = |context| {
-            let mut request = request(4);
-            request.ladder[0].context = context;
-            digest(&adopted(request, &machine), &machine)
-        };
-        assert_ne!(context(4096), context(8192));
-        let bytes = |gib| digest(&adopted(request(gib), &machine), &machine);
-        assert_ne!(bytes(4), bytes(5));
-        let priority = |priority| digest(&adopted(Request { priority, ..request(4) }, &machine), &machine);
-        assert_ne!(priority(50), priority(60));
-
-        let ollama: Instance = "ollama.service".parse().unwrap();
-        let gpu =
-            Gpu { name: "card0".into(), kind: GpuKind::Unified, total: Bytes::gib(8), used: Bytes::gib(3) };
-        machine.gpus = vec![gpu];
-        let mut core =
-            adopted(Request { instance: ollama.clone(), reload: Bytes::gib(4), ..request(4) }, &machine);
-        let before = digest(&core, &machine);
-        machine.units.get_mut(&ollama).unwrap().measured.gpus = vec![Bytes::gib(3)];
-        core.step(Event::Tick, &machine, 6);
-        let holder = &core.holders()[&ollama];
-        assert_eq!(holder.predicted.private, Bytes::gib(1), "the rest of it");
-        let shown = predicted(&ollama, holder);
-        assert_eq!((shown.private_bytes, shown.gpu_bytes), (Bytes::gib(1), Bytes::gib(3)));
-        assert_eq!(digest(&core, &machine), before);
     }
 
     #[test]

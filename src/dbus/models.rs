@@ -1,6 +1,6 @@
 //! The objects of models on the bus: `org.plimsoll1.Model`, one for each instance that `ListModels` lists.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use zbus::{ObjectServer, OwnedObjectPath, interface};
 
@@ -9,7 +9,7 @@ use super::error::{Error, Kind};
 use crate::daemon::report;
 
 /// `org.plimsoll1.Model`: what changes seldom enough to be told by signals. What is measured is for those who ask.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 struct ModelObject {
     name: String,
     instance: String,
@@ -85,9 +85,9 @@ fn path(instance: &str) -> Result<OwnedObjectPath, Error> {
     OwnedObjectPath::try_from(path).map_err(|error| Error::new(Kind::Failed, error.to_string()))
 }
 
-/// The objects, as they are shown.
+/// The instances that have an object.
 #[derive(Debug, Default)]
-pub(super) struct Models(BTreeMap<String, ModelObject>);
+pub(super) struct Models(BTreeSet<String>);
 
 impl Models {
     /// Has the objects be those of `models`, and tells what that changes.
@@ -99,57 +99,41 @@ impl Models {
         server: &ObjectServer,
         models: Vec<report::Model>,
     ) -> Result<(), Error> {
-        let models: BTreeMap<String, ModelObject> =
-            models.into_iter().map(|model| (model.instance.clone(), model.into())).collect();
-        let is_gone = |instance: &&String| !models.contains_key(*instance);
-        let gone: Vec<String> = self.0.keys().filter(is_gone).cloned().collect();
-        for instance in gone {
-            self.0.remove(&instance);
-            server.remove::<ModelObject, _>(path(&instance)?).await?;
+        let now: BTreeSet<String> = models.iter().map(|model| model.instance.clone()).collect();
+        let before = std::mem::replace(&mut self.0, now);
+        for instance in before.difference(&self.0) {
+            server.remove::<ModelObject, _>(path(instance)?).await?;
         }
-        for (instance, model) in models {
-            let path = path(&instance)?;
-            match self.0.get_mut(&instance) {
-                // What has not changed stays where it is: memory that is taken while a model's vocabulary is read would
-                // keep what lies around it from being given back.
-                Some(shown) if *shown == model => {}
-                Some(shown) => {
-                    let before = std::mem::replace(shown, model.clone());
-                    change(server, path, &before, model).await?;
-                }
-                None => {
-                    self.0.insert(instance, model.clone());
-                    server.at(path, model).await?;
-                }
+        for model in models {
+            let path = path(&model.instance)?;
+            if before.contains(&model.instance) {
+                change(server, path, model.into()).await?;
+            } else {
+                server.at(path, ModelObject::from(model)).await?;
             }
         }
         Ok(())
     }
 }
 
-async fn change(
-    server: &ObjectServer,
-    path: OwnedObjectPath,
-    shown: &ModelObject,
-    model: ModelObject,
-) -> Result<(), Error> {
+async fn change(server: &ObjectServer, path: OwnedObjectPath, model: ModelObject) -> Result<(), Error> {
     let object = server.interface::<_, ModelObject>(path).await?;
     let emitter = object.signal_emitter();
     let mut now = object.get_mut().await;
-    *now = model;
-    if now.state != shown.state {
+    let before = std::mem::replace(&mut *now, model);
+    if now.state != before.state {
         now.state_changed(emitter).await?;
     }
-    if now.priority != shown.priority {
+    if now.priority != before.priority {
         now.priority_changed(emitter).await?;
     }
-    if now.pinned != shown.pinned {
+    if now.pinned != before.pinned {
         now.pinned_changed(emitter).await?;
     }
-    if now.context != shown.context {
+    if now.context != before.context {
         now.context_changed(emitter).await?;
     }
-    if now.predicted_bytes != shown.predicted_bytes {
+    if now.predicted_bytes != before.predicted_bytes {
         now.predicted_bytes_changed(emitter).await?;
     }
     Ok(())

@@ -10,7 +10,8 @@ use serde_json::Value;
 /// A daemon on a machine of its own; ends with the value.
 pub struct Simulated {
     daemon: Child,
-    bus: String,
+    /// The address of its bus.
+    pub bus: String,
     scenario: PathBuf,
 }
 

@@ -435,14 +435,16 @@ pub struct Reload {}
 ///
 /// Kernel, memory pressure (PSI), control groups, what an APU's GPU may map, swap, room for swapfiles, other
 /// programs that end processes when memory is short, how fast the disks with models read (half a second each), the
-/// daemon, the engines, and what their own fit tool says of the configured models. Needs no daemon and no root. Exits with 1 when something needs fixing.
+/// daemon, the engines, and what their own fit tool says of the configured models. Needs no daemon and no root. Exits
+/// with 1 when something needs fixing.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  plimsoll doctor\n  plimsoll doctor --json")]
 pub struct Doctor {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// Look at the machine recorded under this directory instead of this one: no disk is read, no daemon asked, no engine run
+    /// Look at the machine recorded under this directory instead of this one: no disk is read, no daemon asked, no
+    /// engine run
     #[arg(long, value_name = "DIR", default_value = "/", value_hint = ValueHint::DirPath, hide_default_value = true)]
     pub root: PathBuf,
 }
