@@ -1,5 +1,7 @@
 //! The daemon's own memory.
 
+use nix::sys::prctl::{get_thp_disable, set_thp_disable};
+
 /// Gives memory that is free inside of this process back to the system, where the C library has
 /// a call for it.
 pub fn release_memory() {
@@ -18,7 +20,17 @@ pub fn release_memory() {
 /// # Errors
 /// The kernel is older than 3.15.
 pub fn refuse_huge_pages() -> nix::Result<()> {
-    nix::sys::prctl::set_thp_disable(true)
+    set_thp_disable(true)
+}
+
+/// Runs this with transparent huge pages, where other processes have them: for what is measured to hold for those.
+pub fn with_huge_pages<T>(run: impl FnOnce() -> T) -> T {
+    let refused = get_thp_disable().unwrap_or_default();
+    // An older kernel has nothing to refuse them with.
+    let _ = set_thp_disable(false);
+    let done = run();
+    let _ = set_thp_disable(refused);
+    done
 }
 
 /// Locks this process's pages, those that it has and those that it will touch, so that it can act

@@ -21,7 +21,7 @@ pub use error_text::error_text;
 pub use follow::end_with_parent;
 pub use hold::hold_range;
 pub use limit::limit_child;
-pub use memory::{lock_memory, refuse_huge_pages, release_memory};
+pub use memory::{lock_memory, refuse_huge_pages, release_memory, with_huge_pages};
 pub use pidfd::{pid_of, pidfd_open, pidfd_send_signal};
 pub use priority::wait_for_priority;
 pub use residency::{ResidencyError, resident_bytes};
