@@ -320,8 +320,8 @@ fn look_for_eater(host: &Host, eaters: &Mutex<Eaters>, inputs: &UnboundedSender<
 fn fastest() -> Bytes {
     const HUGE_PAGE: usize = 2 << 20;
     const TOUCHED: usize = 8 * HUGE_PAGE;
-    // Zeroed, so that pages come with the first write to each. One huge page's worth at a time, where one can lie: an
-    // average would follow from where the allocator happened to put them.
+    // Zeroed, so that pages come with the first write to each. One huge page at a time, where one can lie: otherwise the
+    // first write of one measurement brings pages of the next, which then seem to cost nothing.
     let mut fresh: Vec<u8> = vec![0; TOUCHED];
     let aligned = fresh.as_ptr().align_offset(HUGE_PAGE).min(TOUCHED);
     let each = fresh[aligned..].chunks_exact_mut(HUGE_PAGE).map(touched).max().unwrap_or_default();
