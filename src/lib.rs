@@ -19,5 +19,6 @@ pub mod os;
 pub mod policy;
 pub mod ports;
 pub mod sim;
+pub mod text;
 
 pub use plimsoll_estimate::{bytes, fit, gguf};

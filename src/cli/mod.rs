@@ -48,6 +48,7 @@ pub use failure::{Exit, Failure};
 pub use fit::Local as LocalQuotes;
 
 use crate::dbus::{BUS_ADDRESS_VARIABLE, CallError, Client};
+use crate::text::harmless;
 
 /// How long a call that only reads may take: as long as D-Bus calls usually may.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(25);
@@ -83,9 +84,9 @@ fn end(result: Result<u8, Failure>) -> u8 {
         Ok(exit) => return exit,
         Err(failure) => failure,
     };
-    output::eprint(&format!("plimsoll: {}", failure.message));
+    output::eprint(&format!("plimsoll: {}", harmless(&failure.message)));
     if let Some(hint) = &failure.hint {
-        output::eprint(&format!("hint: {hint}"));
+        output::eprint(&format!("hint: {}", harmless(hint)));
     }
     failure.exit as u8
 }

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::failure::Failure;
 use crate::bytes::{Bytes, GIB};
+use crate::text::harmless;
 
 /// Prints `text` and a line feed to standard output. A reader that has gone away is no error.
 ///
@@ -223,11 +224,11 @@ impl Progress {
 
     /// Shows `text`, unless it is what stands there already.
     pub fn show(&mut self, text: &str) {
-        let text = text.lines().next().unwrap_or_default();
+        let text = harmless(text.lines().next().unwrap_or_default());
         if text == self.shown {
             return;
         }
-        self.shown = text.to_owned();
+        self.shown.clone_from(&text);
         let mut err = std::io::stderr().lock();
         if self.terminal {
             let _ = write!(err, "\r\x1b[K{text}").and_then(|()| err.flush());

@@ -191,7 +191,7 @@ impl Authority {
         header: &Header<'_>,
         action: &'static str,
     ) -> Result<(), Error> {
-        modest(header)?;
+        modest(header, LONGEST, 0)?;
         let sender = header.sender().ok_or_else(|| denied("the call has no sender"))?;
         let bus = DBusProxy::new(connection).await?;
         let user = bus
@@ -210,18 +210,25 @@ impl Authority {
     }
 }
 
-/// A call lies in memory for as long as it is decided on, which may be minutes, and with it the descriptors that it
-/// brings: no call that is checked needs much, or any.
-fn modest(header: &Header<'_>) -> Result<(), Error> {
+/// A call lies in memory, which the daemon's is locked in, for as long as it is decided on, waits for its turn or is
+/// answered, and with it the descriptors that it brings: refuses one of more than so many bytes and descriptors.
+///
+/// # Errors
+/// [`Kind::Failed`] with the limit.
+pub fn modest(header: &Header<'_>, bytes: u32, descriptors: u32) -> Result<(), Error> {
     let length = header.primary().body_len();
-    if length > LONGEST {
-        let why = format!("a call of {length} bytes is too long, {LONGEST} is the most");
+    if length > bytes {
+        let why = format!("a call of {length} bytes is too long, {bytes} is the most");
         return Err(Error::new(Kind::Failed, why));
     }
-    if header.unix_fds().is_some_and(|count| count > 0) {
-        return Err(Error::new(Kind::Failed, "this call takes no descriptors"));
+    match header.unix_fds().unwrap_or_default() {
+        count if count <= descriptors => Ok(()),
+        _ if descriptors == 0 => Err(Error::new(Kind::Failed, "this call takes no descriptors")),
+        count => {
+            let why = format!("{count} descriptors are too many, {descriptors} are the most");
+            Err(Error::new(Kind::Failed, why))
+        }
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -328,10 +335,12 @@ mod tests {
             let options = HashMap::<&str, Variant<'_>>::new();
             Message::method_call("/org/plimsoll1", "Load").build(&(text, options)).unwrap()
         };
-        assert_eq!(modest(&call("small").header()), Ok(()));
-        assert!(modest(&call(&"x".repeat(65536)).header()).is_err());
+        let small = |call: &Message, descriptors| modest(&call.header(), LONGEST, descriptors);
+        assert_eq!(small(&call("small"), 0), Ok(()));
+        assert!(small(&call(&"x".repeat(65536)), 0).is_err());
         let input = std::io::stdin();
         let call = Message::method_call("/org/plimsoll1", "Load").build(&(zbus::Fd::from(&input),)).unwrap();
-        assert!(modest(&call.header()).is_err());
+        assert!(small(&call, 0).is_err());
+        assert_eq!(small(&call, 1), Ok(()));
     }
 }

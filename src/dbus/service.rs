@@ -11,7 +11,7 @@ use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant, interface};
 
-use super::authorize::{ACQUIRE_LEASE, Authority, CONFIGURE, MANAGE_MODELS};
+use super::authorize::{ACQUIRE_LEASE, Authority, CONFIGURE, MANAGE_MODELS, modest};
 use super::error::{Error, Kind};
 use super::models::Models;
 use super::{PATH, peer};
@@ -23,7 +23,11 @@ use crate::policy::{Mode, RefusalKind};
 use crate::ports::CatalogError;
 
 /// A call has at most this many files, variables, contexts and names; real ones have a few.
-const LONGEST: usize = 1100;
+const LONGEST: u32 = 1100;
+/// A call that asks for a name, and contexts, has at most so many bytes …
+const NAMING: u32 = 16 << 10;
+/// … and one with paths and an engine's arguments or variables so many. Everybody may call these.
+const BRINGING: u32 = 256 << 10;
 
 /// What models take, as the JSON of `plimsoll fit`; for the daemon's own machine. May block.
 pub trait Quotes: Send + Sync {
@@ -107,7 +111,7 @@ fn json(value: &impl serde::Serialize) -> Result<String, Error> {
 }
 
 fn bounded(length: usize, what: &str) -> Result<(), Error> {
-    if length > LONGEST {
+    if length > LONGEST as usize {
         return Err(Error::new(Kind::Failed, format!("{length} {what} are too many, {LONGEST} is the most")));
     }
     Ok(())
@@ -152,7 +156,13 @@ impl Manager {
 
 #[interface(name = "org.plimsoll1.Manager", introspection_docs = false)]
 impl Manager {
-    async fn fit(&self, name: String, contexts: Vec<u64>) -> Result<String, Error> {
+    async fn fit(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        name: String,
+        contexts: Vec<u64>,
+    ) -> Result<String, Error> {
+        modest(&header, NAMING, 0)?;
         bounded(contexts.len(), "contexts")?;
         let quotes = self.quotes()?;
         self.handle.read_models(move || trimmed(quotes.configured(&name, &contexts))).await?
@@ -160,10 +170,12 @@ impl Manager {
 
     async fn fit_files(
         &self,
+        #[zbus(header)] header: Header<'_>,
         files: Vec<(String, zbus::OwnedFd)>,
         arguments: Vec<String>,
         contexts: Vec<u64>,
     ) -> Result<String, Error> {
+        modest(&header, BRINGING, LONGEST)?;
         bounded(files.len(), "files")?;
         bounded(arguments.len(), "arguments")?;
         bounded(contexts.len(), "contexts")?;
@@ -172,7 +184,13 @@ impl Manager {
         self.handle.read_foreign(move || trimmed(quotes.files(files, &arguments, &contexts))).await?
     }
 
-    async fn plan(&self, instance: String, context: u64) -> Result<String, Error> {
+    async fn plan(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        instance: String,
+        context: u64,
+    ) -> Result<String, Error> {
+        modest(&header, NAMING, 0)?;
         let context = (context != 0).then_some(context);
         json(&self.handle.plan(instance, context).await?)
     }
@@ -227,6 +245,7 @@ impl Manager {
         environment: BTreeMap<String, String>,
         engine: BTreeMap<String, String>,
     ) -> Result<(Vec<String>, BTreeMap<String, String>), Error> {
+        modest(&header, BRINGING, LONGEST)?;
         bounded(files.len(), "files")?;
         bounded(engine.len(), "answers")?;
         bounded(environment.len(), "variables")?;
@@ -374,9 +393,21 @@ impl Manager {
         json(&self.handle.status().await?)
     }
 
-    async fn explain(&self, instance: String) -> Result<String, Error> {
-        let none = || Error::new(Kind::NotFound, format!("nothing has been decided on '{instance}' yet"));
-        json(&self.handle.explain(instance.clone()).await?.ok_or_else(none)?)
+    async fn explain(&self, #[zbus(header)] header: Header<'_>, instance: String) -> Result<String, Error> {
+        modest(&header, NAMING, 0)?;
+        if let Some(decision) = self.handle.explain(instance.clone()).await? {
+            return json(&decision);
+        }
+        let none = format!("nothing has been decided on '{instance}' yet");
+        let models = self.handle.status().await?.models;
+        Err(if models.iter().any(|model| model.instance == instance || model.name == instance) {
+            Error::new(
+                Kind::Failed,
+                format!("{none}\nhint: 'plimsoll plan {instance}' says what a load would do"),
+            )
+        } else {
+            Error::new(Kind::NotFound, none)
+        })
     }
 
     #[zbus(signal)]

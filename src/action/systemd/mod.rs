@@ -24,6 +24,7 @@ use crate::bytes::Bytes;
 use crate::config::Instance;
 use crate::ledger::UnitState;
 use crate::os::pid_of;
+use crate::text::harmless;
 use proxy::{ManagerProxy, ServiceProxy, SliceProxy, UnitProxy};
 
 /// systemd answers in milliseconds, unless it is blocked by a write to a control group.
@@ -100,7 +101,7 @@ pub struct UnitStatus {
     pub control_group: String,
     /// How it ended last: `success`, `exit-code`, `oom-kill`, …
     pub result: String,
-    /// What the service says of itself.
+    /// What the service says of itself; [`harmless`].
     pub status_text: String,
 }
 
@@ -172,7 +173,7 @@ impl Systemd {
             invocation: hexadecimal(&invocation),
             control_group,
             result,
-            status_text,
+            status_text: harmless(&status_text),
         })
     }
 

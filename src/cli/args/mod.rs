@@ -118,7 +118,7 @@ pub enum Verb {
 #[command(after_help = "\
 Examples:
   plimsoll fit model-00001-of-00004.gguf -c 4096 -c 16384 --ram 128GiB --gpu 120GiB
-  plimsoll fit deepseek-v3.1:tq1_0 -c 16384 --ram 128GiB
+  plimsoll fit deepseek-v3.1:tq1_0 -c 16384 --ram 128GiB --gpu none
   plimsoll fit https://example.org/model-Q8_0.gguf
   plimsoll fit --set nemo-12b,qwen3-coder-30b,starcoder2-15b -c 32768
   plimsoll fit deepseek --max-context
@@ -140,7 +140,7 @@ pub struct Fit {
     /// Ask the engine's own llama-fit-params too, and show where it differs
     #[arg(long, conflicts_with = "set")]
     pub check: bool,
-    /// Memory of the machine to judge for, instead of this one's
+    /// Memory of the machine to judge for, instead of this one's; without GPU and swap but for --gpu and --swap
     #[arg(long, value_name = "SIZE", help_heading = "Another machine")]
     pub ram: Option<Bytes>,
     /// Memory that its GPU can use, or 'none'; shared with --ram, as on an APU

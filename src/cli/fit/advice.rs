@@ -227,6 +227,7 @@ pub fn json(advice: &Advice) -> Value {
 mod tests {
     use super::*;
     use crate::cli::args::{Cli, Fit, Verb};
+    use crate::cli::output::Painter;
     use clap::Parser;
 
     use super::super::machine::Target;
@@ -291,5 +292,22 @@ mod tests {
             let advice = beyond(pricer, &pricer.largest().unwrap()).unwrap();
             assert!(advice.next.is_none() && text(&advice).is_empty());
         });
+    }
+
+    #[test]
+    fn what_the_gate_asks_for_is_told() {
+        let told = |line: &str| {
+            with(line, |pricer| {
+                let line = pricer.price(4096).unwrap();
+                super::super::report::text(pricer.subject, pricer.target, &[line], false, Painter::plain())
+                    .replace('\n', " ")
+            })
+        };
+        let streams = told("qwen3-coder-480b --ram 128GiB --gpu none");
+        assert!(streams.contains("unless a model's configuration has oversize = \"stream\"."), "{streams}");
+        let swaps = told("nemo-12b --ram 8GiB --gpu none --swap 64GiB -- --load-mode none");
+        assert!(swaps.contains("oversize = \"swap\" and workload = \"batch\""), "{swaps}");
+        let fits = told("nemo-12b --ram 64GiB --gpu none");
+        assert!(!fits.contains("oversize"), "{fits}");
     }
 }

@@ -195,7 +195,10 @@ impl<'a> Pricer<'a> {
             .iter()
             .map(|change| format!("'-- {}' {} tokens fit", change.arguments, change.line.estimate.context))
             .collect();
-        Err(if ways.is_empty() {
+        let could_stream = smallest.judgement.verdict == Verdict::Streams || smallest.mapped.is_some();
+        Err(if ways.is_empty() && could_stream {
+            failure.hint("it would stream from disk, see 'plimsoll fit' without --max-context: plimsolld lets it with oversize = \"stream\" in its configuration")
+        } else if ways.is_empty() {
             failure.hint("a smaller quantisation takes less; without --max-context all numbers are shown")
         } else {
             failure.hint(format!("with {}", ways.join(", with ")))

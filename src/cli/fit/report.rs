@@ -10,6 +10,7 @@ use super::{Line, settings};
 use crate::bytes::{Bytes, MIB};
 use crate::cli::output::{Align, Painter, Style, Table, gib, wrap};
 use crate::cli::verbs::verdict_style;
+use crate::config::{Oversize, Workload};
 use crate::fit::{ENGINE_VERSION, Parts, millitokens_per_second};
 use crate::ledger::Pool;
 use crate::policy::Verdict;
@@ -274,11 +275,16 @@ fn footnotes(subject: &Subject, target: &Target, lines: &[Line]) -> String {
         say(format!("fits-after: once models that run are stopped{which}."));
     }
     if of(Verdict::FitsWithSwap).next().is_some() {
-        say("fits-with-swap: with so much of it in swap.".to_owned());
+        say(format!(
+            "fits-with-swap: with so much of it in swap.{}",
+            permission(subject, Verdict::FitsWithSwap)
+        ));
     }
     if of(Verdict::Streams).next().is_some() {
-        say("streams: only so much of the mapped weights stays resident, the rest is read from disk again and again."
-            .to_owned());
+        say(format!(
+            "streams: only so much of the mapped weights stays resident, the rest is read from disk again and again.{}",
+            permission(subject, Verdict::Streams)
+        ));
         reading(target, lines).into_iter().for_each(&mut say);
     }
     for (pool, name) in
@@ -293,7 +299,11 @@ fn footnotes(subject: &Subject, target: &Target, lines: &[Line]) -> String {
     let swap: Vec<Bytes> =
         of(Verdict::Refused).map(|line| line.judgement.swap_needed).filter(|swap| !swap.is_zero()).collect();
     if let (Some(least), Some(most)) = (swap.iter().min(), swap.iter().max()) {
-        say(format!("Swap of {} would make up for it.", range(&gib(*least), &gib(*most), " GiB")));
+        let permission = permission(subject, Verdict::FitsWithSwap);
+        say(format!(
+            "Swap of {} would make up for it.{permission}",
+            range(&gib(*least), &gib(*most), " GiB")
+        ));
     }
     if let Some(line) = lines.iter().find_map(|line| line.mapped.as_ref()) {
         let share = line.resident_per_mille / 10;
@@ -311,6 +321,20 @@ fn footnotes(subject: &Subject, target: &Target, lines: &[Line]) -> String {
     notes.dedup();
     notes.into_iter().for_each(|note| say(format!("Note: {note}.")));
     out
+}
+
+/// What the model's configuration has to say before plimsolld lets it run like that; nothing where it does.
+fn permission(subject: &Subject, verdict: Verdict) -> String {
+    let batch = subject.workload == Workload::Batch;
+    let wanted = match verdict {
+        Verdict::Streams if subject.oversize != Oversize::Stream => r#"oversize = "stream""#,
+        Verdict::FitsWithSwap if subject.oversize != Oversize::Swap || !batch => {
+            r#"oversize = "swap" and workload = "batch", and makes a swapfile for it: other swap does not count"#
+        }
+        _ => return String::new(),
+    };
+    let whose = if subject.configured { "its configuration has" } else { "a model's configuration has" };
+    format!(" plimsolld refuses that unless {whose} {wanted}.")
 }
 
 /// `19 layers`, or `19 to 22 layers`.

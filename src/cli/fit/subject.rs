@@ -9,7 +9,7 @@ use crate::catalogue::{self, Choice};
 use crate::cli::args::Fit;
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::remote;
-use crate::config::{self, Oversize, Reserve};
+use crate::config::{self, Oversize, Reserve, Workload};
 use crate::engine::{self, Engine};
 use crate::fit::args::{self, Origin, Parsed};
 use crate::fit::{FitError, Settings};
@@ -34,6 +34,8 @@ pub struct Subject {
     pub configured: bool,
     /// What may be done when it is too large.
     pub oversize: Oversize,
+    /// Whether it may be swapped.
+    pub workload: Workload,
     /// The configured reserve.
     pub reserve: Reserve,
     /// The engine, where it is installed.
@@ -203,6 +205,7 @@ impl Subject {
             passed_on: parsed.passed_on,
             configured: false,
             oversize: Oversize::default(),
+            workload: Workload::default(),
             reserve,
             engine: engine::locate_default().ok().map(Engine::Program),
             environment: BTreeMap::new(),
@@ -250,6 +253,7 @@ impl Subject {
             passed_on: effective.passed_on,
             configured: true,
             oversize: model.oversize,
+            workload: model.workload,
             reserve: daemon.reserve,
             engine: engine::locate(model, &daemon).ok(),
             environment: model.environment.0.clone(),
