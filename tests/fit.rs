@@ -144,6 +144,59 @@ fn flags_that_stand_for_others_are_read_as_those() {
     assert!(read("", &[("LLAMA_ARG_MMPROJ_URL", "https://x/p.gguf")]).is_err());
 }
 
+fn overriding(values: &[String]) -> Result<Parsed, ArgError> {
+    let flags = values.iter().flat_map(|value| ["-ot".to_owned(), value.clone()]);
+    parse(&flags.collect::<Vec<_>>(), &BTreeMap::new())
+}
+
+#[test]
+fn hostile_patterns_get_a_short_sentence() {
+    for (value, expected) in [
+        ("^{99999}=CPU".to_owned(), "can't be repeated"),
+        ("(^){99999}=CPU".to_owned(), "a count is larger than 1000, at byte 3"),
+        (format!("{}=CPU", "^".repeat(50_000)), "at most 4096 bytes"),
+        (format!("{}=CPU", "(a)".repeat(10 << 20)), "at most 128 KiB"),
+        ("exps=CPU,".repeat(1 << 20), "at most 2048 patterns"),
+        (format!("exps={}", "x".repeat(1 << 20)), "at most 128 KiB"),
+    ] {
+        let error = overriding(&[value]).unwrap_err().to_string();
+        assert!(error.starts_with("-ot: '") && error.contains(expected), "{error}");
+        assert!(error.len() < 512, "{} bytes", error.len());
+    }
+    // What counts is all of a command line.
+    let many = vec!["exps=CPU,".repeat(1000); 3];
+    assert!(overriding(&many[..2]).is_ok());
+    assert!(overriding(&many).unwrap_err().to_string().contains("at most 2048 patterns"));
+    let long = vec![format!("{}=CPU", "x".repeat(4000)); 40];
+    assert!(overriding(&long[..32]).is_ok());
+    assert!(overriding(&long).unwrap_err().to_string().contains("at most 128 KiB"));
+}
+
+#[test]
+fn a_pattern_for_each_tensor_is_as_good_as_one_for_all() {
+    let coder = &models()[0];
+    let kinds =
+        ["attn_k", "attn_output", "attn_q", "attn_v", "ffn_down_exps", "ffn_gate_exps", "ffn_up_exps"];
+    let each: Vec<String> = (0..48)
+        .flat_map(|layer| kinds.map(|kind| format!(r"blk\.{layer}\.{kind}\.weight={}", place_of(layer))))
+        .collect();
+    let one = [r"blk\.(\d|1\d|2[0-3])\.(attn_([kqv]|output)|ffn_(up|gate|down)_exps)\.weight=CPU".to_owned()];
+    let price = |values: &[String]| {
+        let settings = Settings { context: 4096, ..overriding(values).unwrap().settings };
+        estimate(coder, &settings, &one_device()).unwrap()
+    };
+    let whole = price(&[]);
+    assert_eq!(price(&each), price(&one));
+    assert!(price(&one).split.gpu.weights_bytes < whole.split.gpu.weights_bytes * 6 / 10);
+    // What was asked before is not what is answered now.
+    assert_eq!(price(&[]), whole);
+    assert_eq!(price(&["nothing=CPU".to_owned()]).split.gpu.weights_bytes, whole.split.gpu.weights_bytes);
+}
+
+fn place_of(layer: u32) -> &'static str {
+    if layer < 24 { "CPU" } else { "ROCm0" }
+}
+
 /// One model of each kind: plain with experts, latent, windowed, recurrent.
 fn models() -> &'static [Facts] {
     static MODELS: OnceLock<Vec<Facts>> = OnceLock::new();

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::flags::{FLAGS, Flag, PRESETS, Takes};
+use super::matched::MAX_PATTERNS;
 use super::settings::{FlashAttention, GpuLayers, LoadMode, Override, Settings, SplitMode};
 use crate::gguf::TensorType;
 
@@ -264,7 +265,7 @@ struct Field<'a> {
 
 impl Field<'_> {
     fn wrong(&self, wanted: &str) -> ArgError {
-        let (source_name, value) = (self.name.clone(), self.value.to_owned());
+        let (source_name, value) = (self.name.clone(), shortened(self.value));
         ArgError::Value { source_name, value, wanted: wanted.to_owned() }
     }
 
@@ -290,17 +291,43 @@ impl Field<'_> {
         })
     }
 
-    fn overrides(&self) -> Result<Vec<Override>, ArgError> {
-        let parts = self.value.split(',').filter(|p| !p.is_empty());
-        let split = |part: &str| {
+    /// Appends a list of patterns to the overrides before it. How many there are, and how long they are together, is
+    /// asked before anything is made of them: over the bus anybody may send megabytes.
+    fn overrides(&self, to: &mut Vec<Override>) -> Result<(), ArgError> {
+        let parts = || self.value.split(',').filter(|p| !p.is_empty());
+        let before = to.iter().filter_map(|o| match o {
+            Override::Pattern { pattern, buffer } => Some(pattern.len() + buffer.len() + 1),
+            Override::CpuMoe(_) | Override::CpuFfn(_) => None,
+        });
+        if before.clone().count() + parts().count() > MAX_PATTERNS {
+            return Err(self.wrong(&format!("a list that makes at most {MAX_PATTERNS} patterns in all")));
+        }
+        if before.sum::<usize>() + self.value.len() > MAX_PATTERNS_BYTES {
+            let kib = MAX_PATTERNS_BYTES >> 10;
+            return Err(self.wrong(&format!("a list that makes at most {kib} KiB of patterns in all")));
+        }
+        for part in parts() {
             let (pattern, buffer) =
                 part.split_once('=').ok_or_else(|| self.wrong("a list of PATTERN=BUFFER-TYPE"))?;
-            super::pattern::Pattern::new(pattern).map_err(|why| self.wrong(&why))?;
-            Ok(Override::Pattern { pattern: pattern.to_owned(), buffer: buffer.to_owned() })
-        };
-        parts.map(split).collect()
+            let of_list = Field { name: self.name.clone(), value: pattern };
+            super::pattern::Pattern::new(pattern).map_err(|why| of_list.wrong(&why))?;
+            to.push(Override::Pattern { pattern: pattern.to_owned(), buffer: buffer.to_owned() });
+        }
+        Ok(())
     }
 }
+
+/// A value as messages show it, which are for people: its beginning, where it is long.
+pub(super) fn shortened(value: &str) -> String {
+    const LONGEST: usize = 200;
+    match value.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}…", &value[..end]),
+        None => value.to_owned(),
+    }
+}
+
+/// The most bytes of all patterns of a command line; Linux has no longer argument.
+const MAX_PATTERNS_BYTES: usize = 128 << 10;
 
 /// The types that llama-server allows for a cache.
 pub const CACHE_TYPES: [TensorType; 9] = [
@@ -374,7 +401,7 @@ fn apply(
         "--cpu-moe" => s.overrides.push(Override::CpuMoe(u32::MAX)),
         "--n-cpu-moe" => s.overrides.push(Override::CpuMoe(v.number(COUNT)?)),
         "--n-cpu-ffn" => s.overrides.push(Override::CpuFfn(v.number(COUNT)?)),
-        "--override-tensor" => s.overrides.extend(v.overrides()?),
+        "--override-tensor" => v.overrides(&mut s.overrides)?,
         "--moe-cache-mib" => s.moe_cache_mib = v.number(COUNT)?,
         "--split-mode" => {
             s.split_mode = match v.value {
@@ -460,7 +487,7 @@ fn apply(
         "--spec-draft-n-ubatch" => s.draft.ubatch = v.number(COUNT)?,
         "--spec-draft-cpu-moe" => s.draft.overrides.push(Override::CpuMoe(u32::MAX)),
         "--spec-draft-n-cpu-moe" => s.draft.overrides.push(Override::CpuMoe(v.number(COUNT)?)),
-        "--spec-draft-override-tensor" => s.draft.overrides.extend(v.overrides()?),
+        "--spec-draft-override-tensor" => v.overrides(&mut s.draft.overrides)?,
         "--model" => p.model = Some(v.value.into()),
         "--mmproj" => p.mmproj = Some(v.value.into()),
         "--spec-draft-model" => p.draft_model = Some(v.value.into()),

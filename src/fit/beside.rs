@@ -1,6 +1,7 @@
 //! What an engine loads beside a model, taken from headers once: a draft model, a projector, adapters.
 
 use super::facts::{Class, Group, Named, Place, class_of};
+use super::matched::Tensors;
 use super::{Facts, FitError};
 use crate::gguf::{Model, Tensor};
 
@@ -188,7 +189,7 @@ fn audio(model: &Model) -> Result<Option<Tower>, FitError> {
 #[derive(Clone, Debug)]
 pub struct Adapter {
     /// Its tensors, by the names of the model's: they lie beside those.
-    pub(super) tensors: Vec<Named>,
+    pub(super) tensors: Tensors,
     /// Bytes of its largest tensor, of which a copy is made while it is loaded.
     pub largest: u64,
     /// Floats that it adds for each token of a batch, at the most: the low-rank product, and twice
@@ -210,7 +211,7 @@ impl Adapter {
         let rank = model.tensors().iter().filter(|t| t.name.ends_with(".lora_a")).map(|t| t.dims[1]).max();
         let wide = model.tensors().iter().filter(|t| t.name.ends_with(".lora_b")).map(|t| t.dims[1]).max();
         Ok(Self {
-            tensors: model.tensors().iter().map(named).collect(),
+            tensors: model.tensors().iter().map(named).collect::<Vec<_>>().into(),
             largest: model.tensors().iter().map(|tensor| tensor.bytes).max().unwrap_or(0),
             width: rank.unwrap_or(0).saturating_add(wide.unwrap_or(0).saturating_mul(2)),
         })

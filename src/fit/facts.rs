@@ -4,6 +4,7 @@ use super::FitError;
 use super::arch::{Arch, Indexer, Recurrent, Window};
 use super::beside::Beside;
 use super::hyper::{Hyper, Kinds, texts};
+use super::matched::Tensors;
 use crate::gguf::{Array, Model, TensorType};
 
 /// llama.cpp's limit on layers.
@@ -139,7 +140,7 @@ pub struct Facts {
     pub(super) largest: u64,
     /// Entries of its vocabulary and of its table of merges.
     pub(super) texts: (u64, u64),
-    pub(super) named: Vec<Named>,
+    pub(super) named: Tensors,
     pub(super) tensor_count: u64,
     pub(super) kinds: Kinds,
     pub(super) hyper: Hyper,
@@ -243,7 +244,7 @@ impl Facts {
             beside: Beside::default(),
             largest: 0,
             texts: texts(model),
-            named: Vec::new(),
+            named: Tensors::default(),
             tensor_count: 0,
             kinds: Kinds::new(model, all),
             hyper: Hyper::new(model),
@@ -271,6 +272,7 @@ impl Facts {
     fn tensors(&mut self, model: &Model, nextn: bool) {
         let mut has_output = false;
         let mut embedding = None;
+        let mut list = Vec::new();
         for tensor in model.tensors() {
             let name = tensor.name.as_str();
             let place = match tensor.layer() {
@@ -306,12 +308,9 @@ impl Facts {
                 embedding = Some(Group { place: Place::Output, repackable, ..group.clone() });
             }
             let start = model.shards().get(tensor.shard).map_or(0, |shard| shard.data_offset);
-            self.named.push(Named {
-                name: name.to_owned(),
-                group,
-                offset: start.saturating_add(tensor.offset),
-            });
+            list.push(Named { name: name.to_owned(), group, offset: start.saturating_add(tensor.offset) });
         }
+        self.named = Tensors::from(list);
         self.tensor_count = self.named.len() as u64;
         self.largest = self.named.iter().map(|named| named.group.bytes).max().unwrap_or(0);
         self.tied = embedding.filter(|_| !has_output);

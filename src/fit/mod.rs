@@ -14,6 +14,7 @@ mod facts;
 pub mod flags;
 mod graph;
 mod hyper;
+mod matched;
 mod pattern;
 mod place;
 mod settings;

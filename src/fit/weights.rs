@@ -1,8 +1,11 @@
 //! Where weights go: layers over devices, overrides, repacking, mapping.
 
+use std::sync::Arc;
+
 use super::FitError;
+use super::args::shortened;
 use super::facts::{Class, Facts, Group, Named, Place};
-use super::pattern::Pattern;
+use super::matched::{Matched, Tensors};
 use super::settings::{Device, DeviceKind, GpuLayers, LoadMode, Override, Settings};
 use crate::gguf::TensorType;
 
@@ -106,45 +109,65 @@ enum Buffer {
     Device(usize),
 }
 
-/// An override with its pattern compiled.
+/// An override.
 enum Rule {
     Moe(u32),
     Dense(u32),
-    Pattern(Pattern, Buffer),
+    /// Which of the patterns, and where what it matches goes.
+    Pattern(usize, Buffer),
 }
 
-impl Rule {
-    fn applies(&self, group: &Group, name: Option<&str>) -> Option<Buffer> {
-        let within = |n: u32| matches!(group.place, Place::Layer(layer) if layer < n);
-        match self {
-            Self::Moe(n) => (group.class == Class::Experts && within(*n)).then_some(Buffer::Host),
-            Self::Dense(n) => (group.class == Class::DenseFeedForward && within(*n)).then_some(Buffer::Host),
-            Self::Pattern(pattern, buffer) => name.filter(|n| pattern.matches(n)).map(|_| *buffer),
+/// The overrides in order, and what their patterns match.
+struct Rules {
+    list: Vec<Rule>,
+    matched: Arc<Matched>,
+}
+
+impl Rules {
+    /// Those for a list of tensors.
+    fn new(settings: &Settings, used: &[&Device], tensors: &Tensors) -> Result<Self, FitError> {
+        let mut patterns = Vec::new();
+        let mut list = Vec::with_capacity(settings.overrides.len());
+        for rule in &settings.overrides {
+            list.push(match rule {
+                Override::CpuMoe(n) => Rule::Moe(*n),
+                Override::CpuFfn(n) => Rule::Dense(*n),
+                Override::Pattern { pattern, buffer } => {
+                    patterns.push(pattern.as_str());
+                    Rule::Pattern(patterns.len() - 1, place_of(buffer, used)?)
+                }
+            });
         }
+        Ok(Self { list, matched: tensors.matched(&patterns)? })
+    }
+
+    fn has_patterns(&self) -> bool {
+        self.list.iter().any(|rule| matches!(rule, Rule::Pattern(..)))
+    }
+
+    /// Where the first that applies puts a group; `tensor` is its place in the list, where it is of one tensor.
+    fn buffer(&self, group: &Group, tensor: Option<usize>) -> Option<Buffer> {
+        let within = |n: u32| matches!(group.place, Place::Layer(layer) if layer < n);
+        // The first pattern that matches is enough: a later one would stand behind it.
+        let matched = tensor.and_then(|tensor| self.matched.first(tensor));
+        self.list.iter().find_map(|rule| match rule {
+            Rule::Moe(n) => (group.class == Class::Experts && within(*n)).then_some(Buffer::Host),
+            Rule::Dense(n) => (group.class == Class::DenseFeedForward && within(*n)).then_some(Buffer::Host),
+            Rule::Pattern(pattern, buffer) => (matched == Some(*pattern)).then_some(*buffer),
+        })
     }
 }
 
-fn rules(settings: &Settings, used: &[&Device]) -> Result<Vec<Rule>, FitError> {
-    let rule = |o: &Override| {
-        Ok(match o {
-            Override::CpuMoe(n) => Rule::Moe(*n),
-            Override::CpuFfn(n) => Rule::Dense(*n),
-            Override::Pattern { pattern, buffer } => {
-                let compiled = Pattern::new(pattern).map_err(|why| {
-                    FitError::Rejected(format!("'{pattern}' of --override-tensor is not {why}"))
-                })?;
-                let device = used.iter().position(|d| d.name == *buffer).map(Buffer::Device);
-                let host = buffer.starts_with("CPU").then_some(Buffer::Host);
-                let place = device.or(host).ok_or_else(|| {
-                    FitError::Rejected(format!(
-                        "'{buffer}' of --override-tensor is no buffer type of this machine"
-                    ))
-                })?;
-                Rule::Pattern(compiled, place)
-            }
-        })
-    };
-    settings.overrides.iter().map(rule).collect()
+/// The buffer of the engine's name for it.
+fn place_of(buffer: &str, used: &[&Device]) -> Result<Buffer, FitError> {
+    let device = used.iter().position(|d| d.name == buffer).map(Buffer::Device);
+    let host = buffer.starts_with("CPU").then_some(Buffer::Host);
+    device.or(host).ok_or_else(|| {
+        FitError::Rejected(format!(
+            "'{}' of --override-tensor is no buffer type of this machine",
+            shortened(buffer)
+        ))
+    })
 }
 
 /// Places the weights.
@@ -154,7 +177,7 @@ pub(super) fn weights(
     used: &[&Device],
     assigned: &Assigned,
 ) -> Result<Placed, FitError> {
-    let rules = rules(settings, used)?;
+    let rules = Rules::new(settings, used, &facts.named)?;
     let mut placing = Placing {
         repacks: settings.repack && (settings.no_host || !used.iter().any(|d| d.host_buffer)),
         avx512: true,
@@ -168,13 +191,13 @@ pub(super) fn weights(
             ..Placed::default()
         },
     };
-    if rules.iter().any(|r| matches!(r, Rule::Pattern(..))) {
-        for named in &facts.named {
-            placing.put(&named.group, rules.iter().find_map(|r| r.applies(&named.group, Some(&named.name))));
+    if rules.has_patterns() {
+        for (i, named) in facts.named.iter().enumerate() {
+            placing.put(&named.group, rules.buffer(&named.group, Some(i)));
         }
     } else {
         for group in &facts.groups {
-            placing.put(group, rules.iter().find_map(|r| r.applies(group, None)));
+            placing.put(group, rules.buffer(group, None));
         }
     }
     if let Some(tied) = &facts.tied {
@@ -191,7 +214,7 @@ pub(super) fn always_touched(
     used: &[&Device],
     assigned: &Assigned,
 ) -> Result<Vec<FileRange>, FitError> {
-    let rules = rules(settings, used)?;
+    let rules = Rules::new(settings, used, &facts.named)?;
     let placing = Placing {
         repacks: settings.repack && (settings.no_host || !used.iter().any(|d| d.host_buffer)),
         avx512: true,
@@ -201,20 +224,21 @@ pub(super) fn always_touched(
     };
     let tied_on_host =
         facts.tied.as_ref().filter(|tied| assigned.output.is_none() && !placing.is_repacked(tied));
-    let touched = |named: &&Named| match (named.group.class, named.group.place) {
+    let touched = |(i, named): &(usize, &Named)| match (named.group.class, named.group.place) {
         (Class::Experts, _) => false,
         // A token reads its own row, and an output tied to it all of them.
         (_, Place::Input) => tied_on_host.is_some() && named.name == "token_embd.weight",
         (_, Place::EveryBuffer) => assigned.layers.iter().any(Option::is_none),
         (_, place) => {
-            let ruled = rules.iter().find_map(|rule| rule.applies(&named.group, Some(&named.name)));
+            let ruled = rules.buffer(&named.group, Some(*i));
             ruled.unwrap_or_else(|| placing.own(place)) == Buffer::Host && !placing.is_repacked(&named.group)
         }
     };
     if !placing.mapped {
         return Ok(Vec::new());
     }
-    let mut ranges: Vec<FileRange> = facts.named.iter().filter(touched).map(FileRange::of).collect();
+    let touched = facts.named.iter().enumerate().filter(touched);
+    let mut ranges: Vec<FileRange> = touched.map(|(_, named)| FileRange::of(named)).collect();
     ranges.sort_by_key(|range| (range.file, range.offset));
     let mut merged: Vec<FileRange> = Vec::new();
     for range in ranges {
@@ -260,13 +284,13 @@ pub(super) fn adapter(
     settings: &Settings,
     used: &[&Device],
     assigned: &Assigned,
-    tensors: &[Named],
+    tensors: &Tensors,
 ) -> Result<(u64, Vec<u64>), FitError> {
-    let rules = rules(settings, used)?;
+    let rules = Rules::new(settings, used, tensors)?;
     let placed = Placed { devices: vec![0; used.len()], ..Placed::default() };
     let mut placing = Placing { repacks: false, avx512: false, mapped: false, assigned, placed };
-    for named in tensors {
-        placing.put(&named.group, rules.iter().find_map(|r| r.applies(&named.group, Some(&named.name))));
+    for (i, named) in tensors.iter().enumerate() {
+        placing.put(&named.group, rules.buffer(&named.group, Some(i)));
     }
     Ok((placing.placed.anonymous, placing.placed.devices))
 }
