@@ -22,8 +22,10 @@ use crate::os::release_memory;
 use crate::policy::{Mode, RefusalKind};
 use crate::ports::CatalogError;
 
-/// A call has at most this many files, variables, contexts and names; real ones have a few.
+/// A call has at most this many files, variables and names; real ones have a few.
 const LONGEST: u32 = 1100;
+/// At most this many contexts are priced for a call, as nobody can stop it; real ones ask for a few.
+const MOST_CONTEXTS: u32 = 32;
 /// A call that asks for a name, and contexts, has at most so many bytes …
 const NAMING: u32 = 16 << 10;
 /// … and one with paths and an engine's arguments or variables so many. Everybody may call these.
@@ -111,8 +113,13 @@ fn json(value: &impl serde::Serialize) -> Result<String, Error> {
 }
 
 fn bounded(length: usize, what: &str) -> Result<(), Error> {
-    if length > LONGEST as usize {
-        return Err(Error::new(Kind::Failed, format!("{length} {what} are too many, {LONGEST} is the most")));
+    at_most(LONGEST, length, what)
+}
+
+fn at_most(most: u32, length: usize, what: &str) -> Result<(), Error> {
+    if length > most as usize {
+        let why = format!("{length} {what} are too many for one call, {most} is the most");
+        return Err(Error::new(Kind::Failed, why));
     }
     Ok(())
 }
@@ -163,7 +170,7 @@ impl Manager {
         contexts: Vec<u64>,
     ) -> Result<String, Error> {
         modest(&header, NAMING, 0)?;
-        bounded(contexts.len(), "contexts")?;
+        at_most(MOST_CONTEXTS, contexts.len(), "contexts")?;
         let quotes = self.quotes()?;
         self.handle.read_models(move || trimmed(quotes.configured(&name, &contexts))).await?
     }
@@ -178,7 +185,7 @@ impl Manager {
         modest(&header, BRINGING, LONGEST)?;
         bounded(files.len(), "files")?;
         bounded(arguments.len(), "arguments")?;
-        bounded(contexts.len(), "contexts")?;
+        at_most(MOST_CONTEXTS, contexts.len(), "contexts")?;
         let files = self::files(files);
         let quotes = self.quotes()?;
         self.handle.read_foreign(move || trimmed(quotes.files(files, &arguments, &contexts))).await?
@@ -571,4 +578,16 @@ async fn emit(connection: &Connection, models: &mut Models, publication: Publica
         Publication::Models(now) => models.show(connection.object_server(), now).await?,
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_prices_few_contexts() {
+        let contexts = |count: usize| at_most(MOST_CONTEXTS, count, "contexts").map_err(|e| e.to_string());
+        assert!(contexts(32).is_ok());
+        assert!(contexts(33).unwrap_err().contains("33 contexts are too many for one call, 32 is the most"));
+    }
 }
