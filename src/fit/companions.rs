@@ -157,7 +157,8 @@ fn draft_model(
 ) -> Result<Taken, FitError> {
     let own = &settings.draft;
     // Where the model makes checkpoints, the draft's state is part of each.
-    let checkpoints = if estimate.extras.checkpoint_bytes > 0 { settings.context_checkpoints + 1 } else { 0 };
+    let checkpoints =
+        if estimate.extras.checkpoint_bytes > 0 { settings.context_checkpoints.saturating_add(1) } else { 0 };
     let drafting = Settings {
         context: estimate.context,
         parallel: Some(estimate.slots),

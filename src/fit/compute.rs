@@ -1,12 +1,12 @@
 //! Compute buffers and the output buffer.
 
-use super::FitError;
 use super::arch::Indexer;
 use super::cache::Shape;
 use super::facts::Facts;
 use super::graph;
 use super::settings::{Device, Settings};
 use super::weights::{Assigned, Placed};
+use super::{FitError, product};
 
 /// Sizes of compute buffers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -62,15 +62,18 @@ fn bound(facts: &Facts, shape: &Shape) -> u64 {
     let wide = facts.window > 0;
     let masks = 4 * (shape.cells + if wide { shape.window_cells } else { 0 });
     let worst = facts.layers.iter().map(|l| {
-        let heads = l.heads.max(1) * (facts.head.0.max(facts.head.1) + facts.latent.map_or(0, |_| 1024));
+        let head = facts.head.0.max(facts.head.1) + facts.latent.map_or(0, |_| 1024);
+        let heads = product([6, l.heads.max(1), head]);
         let experts = l.experts_used * (2 * facts.embedding + 3 * l.expert_feed_forward) + 8 * facts.experts;
-        4 * (8 * facts.embedding + 3 * l.feed_forward + 6 * heads + experts)
+        let dense = 8 * facts.embedding + 3 * l.feed_forward;
+        heads.saturating_add(dense + experts).saturating_mul(4)
     });
     let worst = worst.max().unwrap_or(0);
     let heads = facts.layers.iter().map(|l| l.heads).max().unwrap_or(0);
-    let attention = if shape.flash_attention { 0 } else { 8 * heads * shape.cells };
-    let state = 16 * u64::from(shape.slots) * (facts.state.recurrent + facts.state.rolling);
-    let logits = 4 * facts.vocabulary * shape.outputs;
+    let attention = if shape.flash_attention { 0 } else { product([8, heads, shape.cells]) };
+    let state =
+        product([16, u64::from(shape.slots), facts.state.recurrent.saturating_add(facts.state.rolling)]);
+    let logits = product([4, facts.vocabulary, shape.outputs]);
     // Indexers score every cell for every token, several times over; decays are squares of the batch.
     let scores =
         if facts.arch.indexer == Indexer::None { 0 } else { 32 * (1 + u64::from(shape.slots)) * shape.cells };
@@ -82,9 +85,9 @@ fn bound(facts: &Facts, shape: &Shape) -> u64 {
 
 /// The buffer of logits, one row for each slot; embeddings too where they are asked for.
 fn output(facts: &Facts, settings: &Settings, shape: &Shape) -> u64 {
-    let row = facts.vocabulary + if settings.embedding { facts.embedding } else { 0 };
+    let row = facts.vocabulary.saturating_add(if settings.embedding { facts.embedding } else { 0 });
     // Beside embeddings the logits of a batch aren't kept; drafted tokens have theirs.
     let rows =
         if settings.embedding { u64::from(shape.slots) } else { shape.outputs.max(u64::from(shape.slots)) };
-    row.saturating_mul(4).saturating_mul(rows)
+    product([4, row, rows])
 }

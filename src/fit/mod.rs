@@ -38,6 +38,10 @@ pub use weights::FileRange;
 /// The version of llama.cpp whose rules these are.
 pub const ENGINE_VERSION: &str = "0.7.0 (build 11669)";
 
+/// What no machine has (1 PiB). An estimate that comes to more is made of numbers that mean nothing, and sums that
+/// stop at the largest number are far above.
+const MAX_BYTES: u64 = 1 << 50;
+
 /// Why there is no estimate. Each is one sentence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FitError {
@@ -222,7 +226,23 @@ pub fn estimate(facts: &Facts, settings: &Settings, devices: &Devices) -> Result
     if !facts.beside.is_empty() || settings.control_vector {
         companions::add(&mut estimate, facts, settings, devices)?;
     }
+    sensible(estimate)
+}
+
+/// The estimate, where its sum is one that a machine could have.
+fn sensible(estimate: Estimate) -> Result<Estimate, FitError> {
+    if estimate.bytes.total_bytes > MAX_BYTES {
+        return Err(FitError::Unknown(
+            "it would come to more than a PiB: the model's header or the settings have numbers that make no sense"
+                .to_owned(),
+        ));
+    }
     Ok(estimate)
+}
+
+/// A product of dimensions, which a header may have made up: it never wraps round to a small one.
+fn product<const N: usize>(factors: [u64; N]) -> u64 {
+    factors.into_iter().fold(1, u64::saturating_mul)
 }
 
 /// What every token touches of a model's mapped weights (attention, routers, shared experts, norms, output): where
@@ -302,7 +322,7 @@ fn alone(facts: &Facts, settings: &Settings, devices: &Devices) -> Result<Estima
             facts.architecture
         ));
     }
-    Ok(Estimate {
+    sensible(Estimate {
         context: shape.context,
         context_per_slot: shape.cells,
         slots: shape.slots,
@@ -313,7 +333,7 @@ fn alone(facts: &Facts, settings: &Settings, devices: &Devices) -> Result<Estima
         devices: per_device,
         extras,
         beside: BesideBytes::default(),
-        mapped_bytes: placed.mapped_by_shard.iter().sum(),
+        mapped_bytes: placed.mapped_by_shard.iter().fold(0, |sum, bytes| sum.saturating_add(*bytes)),
         mapped_by_shard: placed.mapped_by_shard,
         mapped_always_bytes: placed.mapped_always,
         mapped_experts_bytes: placed.mapped_experts,

@@ -348,17 +348,17 @@ impl Placing<'_> {
 
     fn add(&mut self, group: &Group, buffer: Buffer) {
         match buffer {
-            Buffer::Device(i) => self.placed.devices[i] += group.bytes,
+            Buffer::Device(i) => more(&mut self.placed.devices[i], group.bytes),
             Buffer::Host if self.is_repacked(group) => {
                 self.anonymous(group);
-                self.placed.repacked += group.bytes;
+                more(&mut self.placed.repacked, group.bytes);
             }
             Buffer::Host if self.mapped => {
-                self.placed.mapped_by_shard[group.shard] += group.bytes;
+                more(&mut self.placed.mapped_by_shard[group.shard], group.bytes);
                 match (group.class, group.place) {
-                    (Class::Experts, _) => self.placed.mapped_experts += group.bytes,
+                    (Class::Experts, _) => more(&mut self.placed.mapped_experts, group.bytes),
                     (_, Place::Input) => {}
-                    _ => self.placed.mapped_always += group.bytes,
+                    _ => more(&mut self.placed.mapped_always, group.bytes),
                 }
             }
             Buffer::Host => self.anonymous(group),
@@ -366,9 +366,9 @@ impl Placing<'_> {
     }
 
     fn anonymous(&mut self, group: &Group) {
-        self.placed.anonymous += group.bytes;
+        more(&mut self.placed.anonymous, group.bytes);
         if group.class == Class::Experts {
-            self.placed.anonymous_experts += group.bytes;
+            more(&mut self.placed.anonymous_experts, group.bytes);
         }
     }
 
@@ -389,10 +389,15 @@ impl Placing<'_> {
         match self.assigned.output {
             Some(device) => self.add(group, Buffer::Device(device)),
             None if self.is_repacked(group) => self.add(group, Buffer::Host),
-            None if self.mapped => self.placed.mapped_always += group.bytes,
+            None if self.mapped => more(&mut self.placed.mapped_always, group.bytes),
             None => {}
         }
     }
+}
+
+/// Counts `bytes` into a sum: those of several files may be more than can be counted.
+fn more(sum: &mut u64, bytes: u64) {
+    *sum = sum.saturating_add(bytes);
 }
 
 /// The types that ggml repacks on x86 with AVX2, and one more with AVX-512.

@@ -5,7 +5,8 @@ use super::tensor::{Graph, Id, MAX_SOURCES, NONE, Op, Tensor};
 /// What ggml aligns tensors to on the processor; other backends align more, which comes to a few KiB.
 pub(super) const ALIGNMENT: u64 = 32;
 
-/// Free memory of one buffer that grows as needed: blocks by address, the last without end.
+/// Free memory of one buffer that grows as needed: blocks by address, the last without end. There is always one: the
+/// last stays where a hostile header has used it up, empty, and what is beyond counts as more than can be counted.
 #[derive(Clone, Debug)]
 struct Pool {
     free: Vec<(u64, u64)>,
@@ -28,12 +29,13 @@ impl Pool {
             }
         }
         let (offset, size) = self.free[best];
-        if size == bytes {
+        let end = offset.saturating_add(bytes);
+        if size == bytes && best < last {
             self.free.remove(best);
         } else {
-            self.free[best] = (offset + bytes, size - bytes);
+            self.free[best] = (end, size.saturating_sub(bytes));
         }
-        self.size = self.size.max(offset + bytes);
+        self.size = self.size.max(end);
         offset
     }
 
@@ -42,13 +44,13 @@ impl Pool {
     fn give(&mut self, offset: u64, bytes: u64) {
         for i in 0..self.free.len() {
             let (start, size) = self.free[i];
-            if start + size == offset {
-                self.free[i].1 += bytes;
+            if start.saturating_add(size) == offset {
+                self.free[i].1 = size.saturating_add(bytes);
                 self.join(i);
                 return;
             }
-            if offset + bytes == start {
-                self.free[i] = (offset, size + bytes);
+            if offset.saturating_add(bytes) == start {
+                self.free[i] = (offset, size.saturating_add(bytes));
                 if i > 0 {
                     self.join(i - 1);
                 }
@@ -62,8 +64,10 @@ impl Pool {
     /// Joins a block with the one behind it where they touch.
     fn join(&mut self, i: usize) {
         let (start, size) = self.free[i];
-        if self.free.get(i + 1).is_some_and(|(next, _)| *next == start + size) {
-            self.free[i].1 += self.free[i + 1].1;
+        if let Some((_, more)) =
+            self.free.get(i + 1).copied().filter(|(next, _)| *next == start.saturating_add(size))
+        {
+            self.free[i].1 = size.saturating_add(more);
             self.free.remove(i + 1);
         }
     }
@@ -93,7 +97,7 @@ struct Allocator<'a> {
 }
 
 fn padded(bytes: u64) -> u64 {
-    bytes.next_multiple_of(ALIGNMENT)
+    bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX)
 }
 
 /// The size of each backend's compute buffer.
@@ -207,7 +211,7 @@ impl Allocator<'_> {
         let held = &mut self.held[id as usize];
         (held.backend, held.offset) = (base.backend, base.offset);
         if had > needs {
-            self.pools[usize::from(base.backend)].give(base.offset + needs, had - needs);
+            self.pools[usize::from(base.backend)].give(base.offset.saturating_add(needs), had - needs);
         }
     }
 
@@ -224,4 +228,35 @@ impl Allocator<'_> {
 
 fn same_layout(a: &Tensor, b: &Tensor) -> bool {
     a.kind == b.kind && a.ne == b.ne && a.plain && b.plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pool_that_is_used_up_goes_on() {
+        for rest in [0, 32, 1 << 59] {
+            let mut pool = Pool::new();
+            assert_eq!(pool.take((1 << 60) - rest), 0);
+            assert_eq!(pool.take(rest), (1 << 60) - rest);
+            let end = pool.take(64);
+            assert_eq!((end, pool.size), (1 << 60, (1 << 60) + 64));
+            pool.give(end, 64);
+            pool.take(u64::MAX);
+            pool.take(u64::MAX);
+            pool.give(u64::MAX, u64::MAX);
+            pool.take(0);
+            assert_eq!(pool.size, u64::MAX);
+        }
+    }
+
+    #[test]
+    fn blocks_are_used_again() {
+        let mut pool = Pool::new();
+        let blocks = [pool.take(64), pool.take(32), pool.take(64)];
+        pool.give(blocks[0], 64);
+        pool.give(blocks[2], 64);
+        assert_eq!((pool.take(64), pool.take(128), pool.size), (0, 96, 224));
+    }
 }

@@ -3,6 +3,7 @@
 use super::build::Builder;
 use super::tensor::{Id, NONE, Op};
 use crate::fit::arch::Rope;
+use crate::fit::product;
 use crate::gguf::TensorType;
 
 /// Inputs of attention on one cache.
@@ -54,11 +55,12 @@ impl Builder<'_> {
         let shape = *self.shape;
         let n = self.tokens;
         let cells = if windowed { shape.window_cells } else { shape.cells };
-        let widest = self.facts.layers.iter().map(|l| l.kv_heads * self.facts.head.1).max().unwrap_or(0);
+        let widest =
+            self.facts.layers.iter().map(|l| product([l.kv_heads, self.facts.head.1])).max().unwrap_or(0);
         let flash = shape.flash_attention;
         let latent = self.facts.latent.is_some();
         let k_ids = self.input(TensorType::I64, [n, 1, 1, 1]);
-        let v_ids = self.input(TensorType::I64, [if flash { n } else { n * widest }, 1, 1, 1]);
+        let v_ids = self.input(TensorType::I64, [if flash { n } else { product([n, widest]) }, 1, 1, 1]);
         let mask_kind = if flash { TensorType::F16 } else { TensorType::F32 };
         let mask = self.input(mask_kind, [cells, n / shape.streams, 1, shape.streams]);
         // Hybrids with windows go without rotations.
@@ -89,7 +91,7 @@ impl Builder<'_> {
         }
         let ne = self.graph.ne(x);
         let n = self.graph.ne(rotation)[0];
-        let rows = [n, ne.iter().product::<u64>() / n, 1, 1];
+        let rows = [n, product(ne) / n, 1, 1];
         let flat =
             if self.graph.get(x).plain { self.graph.reshape(x, rows) } else { self.graph.cont(x, rows) };
         let rotated = self.graph.mul_mat(rotation, flat);
@@ -111,7 +113,7 @@ impl Builder<'_> {
         let layer = *self.dims();
         let head = if windowed { self.facts.head_windowed } else { self.facts.head };
         let (streams, cells) = (self.shape.streams, cache.cells);
-        let (k_width, v_width) = (head.0 * layer.kv_heads, head.1 * layer.kv_heads);
+        let (k_width, v_width) = (product([head.0, layer.kv_heads]), product([head.1, layer.kv_heads]));
         let (k_kind, v_kind) = (self.settings.cache_type_k, self.settings.cache_type_v);
         let k_cache = self.memory(k_kind, [k_width, cells, streams, 1]);
         if let Some(k) = k {
@@ -150,7 +152,7 @@ impl Builder<'_> {
     /// The cache of all streams as one.
     fn merged(&mut self, cache: Id, width: u64) -> Id {
         let ne = self.graph.ne(cache);
-        if ne[2] > 1 { self.graph.reshape(cache, [width, ne[1] * ne[2], 1, 1]) } else { cache }
+        if ne[2] > 1 { self.graph.reshape(cache, [width, product([ne[1], ne[2]]), 1, 1]) } else { cache }
     }
 
     /// Without flash attention V is stored element by element.
@@ -162,8 +164,8 @@ impl Builder<'_> {
             self.graph.cont(x, [width, n, 1, 1])
         };
         let ne = self.graph.ne(cache);
-        let flat = self.graph.reshape(cache, [1, ne[0] * ne[1] * ne[2], 1, 1]);
-        let elements = self.graph.reshape(rows, [1, width * n, 1, 1]);
+        let flat = self.graph.reshape(cache, [1, product([ne[0], ne[1], ne[2]]), 1, 1]);
+        let elements = self.graph.reshape(rows, [1, product([width, n]), 1, 1]);
         let flat_ne = self.graph.ne(flat);
         let set = self.graph.result_in(Op::Other, flat, flat_ne, true, &[elements, ids, flat]);
         self.graph.expand(set);
@@ -173,7 +175,7 @@ impl Builder<'_> {
     fn heads(&mut self, q: Id, k: Id, v: Id, mask: Id, sinks: bool) -> Id {
         let streams = self.shape.streams;
         let q_ne = self.graph.ne(q);
-        let (heads, tokens) = (q_ne[1], q_ne[2] * q_ne[3]);
+        let (heads, tokens) = (q_ne[1], product([q_ne[2], q_ne[3]]));
         let q = self.graph.view(q, [q_ne[0], heads, tokens / streams, streams], false);
         let q = self.graph.permute(q, [0, 2, 1, 3]);
         let k = self.graph.permute(k, [0, 2, 1, 3]);
@@ -204,7 +206,7 @@ impl Builder<'_> {
             let ne = self.graph.ne(out);
             out = self.graph.cont(out, ne);
         }
-        self.graph.reshape(out, [width * heads, tokens, 1, 1])
+        self.graph.reshape(out, [product([width, heads]), tokens, 1, 1])
     }
 
     /// Flash attention takes no 32-bit cache: it is converted.
@@ -243,7 +245,7 @@ impl Builder<'_> {
         }
         let width = self.graph.ne(out)[0];
         let out = self.graph.permute(out, [0, 2, 1, 3]);
-        let out = self.graph.cont(out, [width * heads, tokens, 1, 1]);
+        let out = self.graph.cont(out, [product([width, heads]), tokens, 1, 1]);
         if !self.settings.kv_offload {
             self.graph.tensors[out as usize].preset = Some(self.cache_backend());
         }

@@ -2,6 +2,7 @@
 
 use super::build::Builder;
 use super::tensor::{Id, Op};
+use crate::fit::product;
 use crate::gguf::TensorType;
 
 impl Builder<'_> {
@@ -30,7 +31,7 @@ impl Builder<'_> {
         } else {
             let ne = self.graph.ne(raised);
             let inner = self.kind().part(down, ".weight")?.0[0];
-            if ne[0] == 2 * inner {
+            if ne[0] == product([2, inner]) {
                 self.graph.op(Op::Other, TensorType::F32, [inner, ne[1], ne[2], ne[3]], &[raised])
             } else {
                 self.graph.in_place(&[raised])
@@ -103,7 +104,7 @@ impl Builder<'_> {
 
     /// The experts' inner width: gate and up apart, both in one matrix, or up alone.
     fn expert_activation(&mut self, cur: Id, selected: Id) -> Option<Id> {
-        let product = |b: &mut Self, name: &str| -> Option<Id> {
+        let through = |b: &mut Self, name: &str| -> Option<Id> {
             let weight = b.weight_part(name, ".weight")?;
             let product = b.graph.mul_mat_id(weight, cur, selected);
             Some(match b.weight_part(name, ".bias") {
@@ -111,16 +112,16 @@ impl Builder<'_> {
                 None => product,
             })
         };
-        if let Some(both) = product(self, "ffn_gate_up_exps") {
+        if let Some(both) = through(self, "ffn_gate_up_exps") {
             let ne = self.graph.ne(both);
             let half = [ne[0] / 2, ne[1], ne[2], 1];
-            let strides = [4 * ne[0], 4 * ne[0] * ne[1], 0];
+            let strides = [product([4, ne[0]]), product([4, ne[0], ne[1]]), 0];
             let (gate, up) = (self.graph.part(both, half, strides), self.graph.part(both, half, strides));
             return Some(self.graph.op(Op::Other, TensorType::F32, half, &[gate, up]));
         }
-        let up = product(self, "ffn_up_exps")?;
+        let up = through(self, "ffn_up_exps")?;
         let ne = self.graph.ne(up);
-        Some(match product(self, "ffn_gate_exps") {
+        Some(match through(self, "ffn_gate_exps") {
             Some(gate) => self.graph.op(Op::Other, TensorType::F32, ne, &[gate, up]),
             None => {
                 let once = self.graph.in_place(&[up]);
@@ -156,7 +157,7 @@ impl Builder<'_> {
     fn sum_experts(&mut self, experts: Id, ne: [u64; 4], used: u64) -> Id {
         let views: Vec<Id> = (0..used)
             .map(|_| {
-                let view = self.graph.part(experts, ne, [4 * used * ne[0], 0, 0]);
+                let view = self.graph.part(experts, ne, [product([4, used, ne[0]]), 0, 0]);
                 self.graph.expand(view);
                 view
             })

@@ -5,6 +5,7 @@ use super::build::Builder;
 use super::recurrent::StateInputs;
 use super::tensor::{Id, Op};
 use crate::fit::arch::{Layout, Sum};
+use crate::fit::product;
 use crate::gguf::TensorType;
 
 /// Builds the graph of a model with the given layers and says how many tensors each of them added; none where
@@ -95,8 +96,10 @@ fn mixer(b: &mut Builder, inputs: &AttentionInputs, copies: StateInputs, x: Id) 
     if b.has("attn_q_a.weight") || b.has("attn_kv_a_mqa.weight") {
         return uncompressed(b, inputs, x);
     }
-    let doubled =
-        b.kind().get("attn_q.weight").is_some_and(|(ne, _)| ne[1] == 2 * b.facts.head.0 * b.dims().heads);
+    let doubled = b
+        .kind()
+        .get("attn_q.weight")
+        .is_some_and(|(ne, _)| ne[1] == product([2, b.facts.head.0, b.dims().heads]));
     if doubled {
         return gated_attention(b, inputs, x);
     }
@@ -146,7 +149,7 @@ fn gated_attention(b: &mut Builder, inputs: &AttentionInputs, x: Id) -> Option<I
     let k = b.linear("attn_k", x)?;
     let v = b.linear("attn_v", x)?;
     let both = b.graph.reshape(both, [2 * head.0, layer.heads, n, 1]);
-    let strides = [8 * head.0, 8 * head.0 * layer.heads, 0];
+    let strides = [8 * head.0, product([8, head.0, layer.heads]), 0];
     let q = b.graph.part(both, [head.0, layer.heads, n, 1], strides);
     let gate = b.graph.part(both, [head.0, layer.heads, n, 1], strides);
     let k = b.graph.reshape(k, [head.0, layer.kv_heads, n, 1]);
@@ -155,7 +158,7 @@ fn gated_attention(b: &mut Builder, inputs: &AttentionInputs, x: Id) -> Option<I
     let k = b.norm(k, "attn_k_norm");
     let p = Projections { q: b.rope(q), k: Some(b.rope(k)), v: Some(v) };
     let out = b.attend(inputs, p, false);
-    let gate = b.graph.cont(gate, [head.0 * layer.heads, n, 1, 1]);
+    let gate = b.graph.cont(gate, [product([head.0, layer.heads]), n, 1, 1]);
     let gate = b.graph.in_place(&[gate]);
     let out = b.graph.in_place(&[out, gate]);
     b.linear("attn_output", out)

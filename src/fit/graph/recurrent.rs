@@ -2,6 +2,7 @@
 
 use super::build::Builder;
 use super::tensor::{Id, Op};
+use crate::fit::product;
 use crate::gguf::TensorType;
 
 /// Which state each sequence starts from: all, those of the batch, and the others.
@@ -55,13 +56,13 @@ impl Builder<'_> {
     fn windowed_input(&mut self, copies: StateInputs, x: Id, channels: u64) -> Id {
         let steps = self.facts.hyper.conv_kernel.max(1) - 1;
         let (sequences, n) = (self.sequences, self.per_sequence());
-        let (memory, states) = self.states(copies, steps * channels);
+        let (memory, states) = self.states(copies, product([steps, channels]));
         let states = self.graph.reshape(states, [steps, channels, sequences, 1]);
         let turned = self.graph.permute(x, [1, 0, 2, 3]);
         let joined =
             self.graph.op(Op::Other, TensorType::F32, [steps + n, channels, sequences, 1], &[states, turned]);
         let last = self.graph.view(joined, [steps, channels, sequences, 1], false);
-        let place = self.graph.view(memory, [steps * channels, sequences, 1, 1], true);
+        let place = self.graph.view(memory, [product([steps, channels]), sequences, 1, 1], true);
         self.write(last, place);
         joined
     }
@@ -77,9 +78,9 @@ impl Builder<'_> {
         let (sequences, n) = (self.sequences, self.per_sequence());
         let heads = h.time_step_rank.max(1);
         let head = h.inner / heads;
-        let channels = h.inner + 2 * h.state_groups * h.state_size;
+        let channels = h.inner.saturating_add(product([2, h.state_groups, h.state_size]));
         let steps = h.conv_kernel.max(1) - 1;
-        let (memory, states) = self.states(copies, steps * channels);
+        let (memory, states) = self.states(copies, product([steps, channels]));
         let states = self.graph.reshape(states, [steps, channels, sequences, 1]);
         let projected = self.linear("ssm_in", x)?;
         let width = self.graph.ne(projected)[0];
@@ -92,7 +93,7 @@ impl Builder<'_> {
         let joined =
             self.graph.op(Op::Other, TensorType::F32, [steps + n, channels, sequences, 1], &[states, turned]);
         let last = self.graph.view(joined, [steps, channels, sequences, 1], false);
-        let place = self.graph.view(memory, [steps * channels, sequences, 1, 1], true);
+        let place = self.graph.view(memory, [product([steps, channels]), sequences, 1, 1], true);
         self.write(last, place);
         let kernel = self.weight("ssm_conv1d.weight")?;
         let mut conv = self.convolve(joined, kernel, channels);
@@ -110,7 +111,7 @@ impl Builder<'_> {
         let a = self.weight("ssm_a")?;
 
         // The scan reads its states straight from the memory.
-        let size = h.state_size * h.inner;
+        let size = product([h.state_size, h.inner]);
         let memory = self.memory(TensorType::F32, [size, sequences, 1, 1]);
         let all = self.graph.reshape(memory, [size, sequences, 1, 1]);
         let cleared = self.graph.view(all, [size, 1, 1, 1], true);
@@ -121,7 +122,7 @@ impl Builder<'_> {
         let scanned = self.graph.op(
             Op::Other,
             TensorType::F32,
-            [h.inner * n * sequences + size * sequences, 1, 1, 1],
+            [product([h.inner, n, sequences]).saturating_add(product([size, sequences])), 1, 1, 1],
             &[by_head, value, dt, a, b, c, copies.batch],
         );
         self.graph.expand(scanned);
@@ -151,14 +152,14 @@ impl Builder<'_> {
         let (sequences, n) = (self.sequences, self.per_sequence());
         let (k_heads, v_heads) = (h.state_groups.max(1), h.time_step_rank.max(1));
         let (k_head, v_head) = (h.state_size, h.inner / v_heads);
-        let channels = h.inner + 2 * h.state_groups * h.state_size;
+        let channels = h.inner.saturating_add(product([2, h.state_groups, h.state_size]));
         let qkv = self.linear("attn_qkv", x)?;
         let width = self.graph.ne(qkv)[0];
         let qkv = self.graph.reshape(qkv, [width, n, sequences, 1]);
         let z = self.linear("attn_gate", x)?;
         let (beta, gate) = self.delta_gates(x, v_heads)?;
         let joined = self.windowed_input(copies, qkv, channels);
-        let (memory, states) = self.states(copies, v_head * v_head * v_heads);
+        let (memory, states) = self.states(copies, product([v_head, v_head, v_heads]));
         let states = self.graph.reshape(states, [v_head, v_head, v_heads, sequences]);
         let kernel = self.weight("ssm_conv1d.weight")?;
         let conv = self.convolve(joined, kernel, channels);
@@ -178,11 +179,11 @@ impl Builder<'_> {
             self.graph.reshape(wide, [k_head, v_heads, n, sequences])
         };
         let (q, k) = (repeated(q), repeated(k));
-        let size = v_head * v_head * v_heads;
+        let size = product([v_head, v_head, v_heads]);
         let result = self.graph.op(
             Op::Other,
             TensorType::F32,
-            [h.inner * n * sequences + size * sequences, 1, 1, 1],
+            [product([h.inner, n, sequences]).saturating_add(product([size, sequences])), 1, 1, 1],
             &[q, k, v, gate, beta, states],
         );
         let out = self.graph.view(result, [v_head, v_heads, n, sequences], true);
@@ -236,12 +237,12 @@ impl Builder<'_> {
         let value = self.graph.view(projected, ne, false);
         let gated = self.graph.op(Op::InPlace, TensorType::F32, ne, &[b, value]);
         let turned = self.graph.permute(gated, [1, 0, 2, 3]);
-        let (memory, states) = self.states(copies, steps * width);
+        let (memory, states) = self.states(copies, product([steps, width]));
         let states = self.graph.reshape(states, [steps, width, sequences, 1]);
         let joined =
             self.graph.op(Op::Other, TensorType::F32, [steps + n, width, sequences, 1], &[states, turned]);
         let last = self.graph.view(joined, [steps, width, sequences, 1], false);
-        let place = self.graph.view(memory, [steps * width, sequences, 1, 1], true);
+        let place = self.graph.view(memory, [product([steps, width]), sequences, 1, 1], true);
         self.write(last, place);
         let kernel = self.weight("shortconv.conv.weight")?;
         let conv = self.convolve(joined, kernel, width);

@@ -2,6 +2,7 @@
 
 use super::alloc::{Plan, sizes};
 use super::tensor::{Graph, Home, Id, NONE, Op, Tensor, size};
+use crate::fit::product;
 
 /// The backends: devices first, the host last.
 #[derive(Clone, Debug)]
@@ -266,6 +267,6 @@ fn batch(tensor: &Tensor) -> u64 {
         Op::GetRows => 0,
         Op::MulMat => tensor.ne[1],
         Op::MulMatId => tensor.ne[2],
-        _ => tensor.ne[1] * tensor.ne[2] * tensor.ne[3],
+        _ => product([tensor.ne[1], tensor.ne[2], tensor.ne[3]]),
     }
 }
