@@ -18,11 +18,9 @@ pub enum HeaderError {
     #[error("it is empty")]
     Empty,
     /// The file doesn't start with `GGUF`.
-    #[error("it is not a GGUF file (it starts with {found})")]
-    NotGguf {
-        /// The first bytes, printable.
-        found: String,
-    },
+    // What stands there instead is not quoted: the file may be one that the asker can't read.
+    #[error("it is not a GGUF file (it doesn't start as one)")]
+    NotGguf,
     /// A big-endian file, which only big-endian machines read.
     #[error("it is a big-endian GGUF file, which this machine's engine can't read: convert it")]
     BigEndian,

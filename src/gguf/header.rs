@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
 use std::io::Read;
 
 use super::error::HeaderError;
-use super::read::{At, Reader};
+use super::read::{Allowance, At, Reader};
 use super::tensor::{Tensor, TensorType};
 use super::value::{Array, Value};
 
@@ -21,17 +22,33 @@ const MAX_TEXT: u64 = 1 << 10;
 const MAX_STRING: u64 = 1 << 30;
 /// Lists up to this length are kept: llama.cpp has at most 512 layers.
 const MAX_LIST: u64 = 4096;
-/// How many list elements are kept in one file altogether, so that many lists can't add up.
-const MAX_KEPT: u64 = 1 << 17;
 /// ggml's tensor names have 64 bytes with their NUL.
 const MAX_NAME: u64 = 63;
+/// The largest dimension of a tensor. llama.cpp takes more, but only beside one that is 0, where no byte holds it.
+const MAX_DIMENSION: u64 = 1 << 40;
+/// What keeping a key takes beside its characters and its value's, in bytes.
+const ENTRY: usize = size_of::<(String, Value)>();
+/// The keys that something is made of, beside those of the architecture.
+const USED: [&str; 9] = [
+    "adapter.type",
+    "general.alignment",
+    ARCHITECTURE,
+    "general.name",
+    "general.type",
+    "split.count",
+    "split.no",
+    "tokenizer.ggml.merges",
+    "tokenizer.ggml.tokens",
+];
+/// The key that says what the keys of the model's own start with.
+const ARCHITECTURE: &str = "general.architecture";
 
 /// The metadata and tensor list of one GGUF file.
 #[derive(Clone, Debug)]
 pub struct Header {
     /// The version of the format: 2 or 3.
     pub version: u32,
-    /// Metadata by key; lists of the tokenizer are there by their lengths only.
+    /// Metadata by key, as far as something is made of it; lists of the tokenizer are there by their lengths only.
     pub metadata: BTreeMap<String, Value>,
     /// The tensors in the order of the file, which is the order of their data.
     pub tensors: Vec<Tensor>,
@@ -48,17 +65,22 @@ impl Header {
     /// Whatever llama.cpp would refuse as well: no GGUF, an unknown version or type, a duplicate, tensors whose
     /// data would overlap or leave gaps; and limits on counts and lengths.
     pub fn read(stream: impl Read) -> Result<Self, HeaderError> {
+        Self::read_within(stream, &mut Allowance::default())
+    }
+
+    /// As [`Header::read`], keeping no more than `allowance` has left.
+    fn read_within(stream: impl Read, allowance: &mut Allowance) -> Result<Self, HeaderError> {
         let mut reader = Reader::new(stream);
         let version = preamble(&mut reader)?;
         let tensor_count = reader.count("the number of tensors", MAX_TENSORS)?;
         let key_count = reader.count("the number of metadata keys", MAX_KEYS)?;
-        let metadata = metadata(&mut reader, key_count)?;
+        let metadata = metadata(&mut reader, key_count, allowance)?;
         let alignment = match metadata.get("general.alignment") {
             None => 32,
             Some(Value::Unsigned(n)) if n.is_power_of_two() && *n <= 1 << 20 => *n,
             Some(_) => return Err(invalid(&reader, "general.alignment is no small power of two")),
         };
-        let tensors = tensors(&mut reader, tensor_count, alignment)?;
+        let tensors = tensors(&mut reader, tensor_count, alignment, allowance)?;
         let data_offset = reader.offset.next_multiple_of(alignment);
         Ok(Self { version, metadata, tensors, data_offset, alignment })
     }
@@ -66,9 +88,9 @@ impl Header {
     /// Reads the header of an open file, by offset: the descriptor's position stays.
     ///
     /// # Errors
-    /// As [`Header::read`].
-    pub fn read_file(file: &File) -> Result<Self, HeaderError> {
-        Self::read(At::start(file))
+    /// As [`Header::read`], or more than `allowance` has left would be kept.
+    pub fn read_file(file: &File, allowance: &mut Allowance) -> Result<Self, HeaderError> {
+        Self::read_within(At::start(file), allowance)
     }
 
     /// The length that the file must have at least, for all tensors to be in it.
@@ -117,11 +139,11 @@ fn preamble<R: Read>(reader: &mut Reader<R>) -> Result<u32, HeaderError> {
     let mut magic = [0; 4];
     reader.exact(&mut magic, "the magic").map_err(|error| match error {
         HeaderError::Truncated { offset: 0, .. } => HeaderError::Empty,
-        HeaderError::Truncated { .. } => HeaderError::NotGguf { found: "fewer than 4 bytes".to_owned() },
+        HeaderError::Truncated { .. } => HeaderError::NotGguf,
         other => other,
     })?;
     if &magic != b"GGUF" {
-        return Err(HeaderError::NotGguf { found: format!("'{}'", magic.escape_ascii()) });
+        return Err(HeaderError::NotGguf);
     }
     match reader.u32("the version")? {
         version @ (2 | 3) => Ok(version),
@@ -130,22 +152,62 @@ fn preamble<R: Read>(reader: &mut Reader<R>) -> Result<u32, HeaderError> {
     }
 }
 
-fn metadata<R: Read>(reader: &mut Reader<R>, count: u64) -> Result<BTreeMap<String, Value>, HeaderError> {
+/// What has been seen, by its hash: a few bytes each, however long it is. Nobody can tell two names that are taken for
+/// one, since each run hashes otherwise.
+#[derive(Default)]
+struct Seen {
+    hasher: RandomState,
+    hashes: HashSet<u64>,
+}
+
+impl Seen {
+    /// Whether a name is new.
+    fn insert(&mut self, name: &str) -> bool {
+        self.hashes.insert(self.hasher.hash_one(name))
+    }
+}
+
+/// Whether something is made of a key; as long as the architecture isn't known, it may be one of its keys.
+fn is_used(key: &str, architecture: Option<&str>) -> bool {
+    let own = |name: &str| key.strip_prefix(name).is_some_and(|rest| rest.starts_with('.'));
+    USED.contains(&key) || architecture.is_none_or(own)
+}
+
+fn keep<R>(reader: &Reader<R>, allowance: &mut Allowance, bytes: usize) -> Result<(), HeaderError> {
+    allowance.take(bytes).ok_or_else(|| {
+        invalid(reader, "there is more metadata, or there are more tensors, than all files of a model have")
+    })
+}
+
+fn metadata<R: Read>(
+    reader: &mut Reader<R>,
+    count: u64,
+    allowance: &mut Allowance,
+) -> Result<BTreeMap<String, Value>, HeaderError> {
     let mut metadata = BTreeMap::new();
-    let mut budget = MAX_KEPT;
+    let mut seen = Seen::default();
+    let mut architecture = None;
     for _ in 0..count {
         let key = reader.text("a metadata key", MAX_KEY)?;
         if key.is_empty() {
             return Err(invalid(reader, "a metadata key is empty"));
         }
         let kind = reader.u32(&key)?;
-        let value =
-            if kind == ARRAY { list(reader, &key, &mut budget)? } else { scalar(reader, &key, kind)? };
-        if metadata.contains_key(&key) {
+        let value = if kind == ARRAY { list(reader, &key)? } else { scalar(reader, &key, kind)? };
+        if !seen.insert(&key) {
             return Err(invalid(reader, format!("metadata key {key} stands there twice")));
+        }
+        if !is_used(&key, architecture.as_deref()) {
+            continue;
+        }
+        keep(reader, allowance, ENTRY + key.len() + value.kept_bytes())?;
+        if key == ARCHITECTURE {
+            architecture = value.as_str().map(str::to_owned);
         }
         metadata.insert(key, value);
     }
+    let architecture = architecture.unwrap_or_default();
+    metadata.retain(|key, _| is_used(key, Some(&architecture)));
     Ok(metadata)
 }
 
@@ -180,9 +242,7 @@ fn scalar<R: Read>(reader: &mut Reader<R>, key: &str, kind: u32) -> Result<Value
                 reader.skip(len, key)?;
                 return Ok(Value::LongText(len));
             }
-            let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-            reader.exact(&mut bytes, key)?;
-            Value::Text(String::from_utf8_lossy(&bytes).into_owned())
+            Value::Text(reader.characters(key, len)?)
         }
         10 => Value::Unsigned(reader.u64(key)?),
         11 => Value::Signed(i64::from_le_bytes(reader.array(key)?)),
@@ -191,7 +251,7 @@ fn scalar<R: Read>(reader: &mut Reader<R>, key: &str, kind: u32) -> Result<Value
     })
 }
 
-fn list<R: Read>(reader: &mut Reader<R>, key: &str, budget: &mut u64) -> Result<Value, HeaderError> {
+fn list<R: Read>(reader: &mut Reader<R>, key: &str) -> Result<Value, HeaderError> {
     let kind = reader.u32(key)?;
     let len = reader.u64(key)?;
     if kind == STRING {
@@ -207,11 +267,10 @@ fn list<R: Read>(reader: &mut Reader<R>, key: &str, budget: &mut u64) -> Result<
             format!("metadata {key} is a list of the unknown or nested type {kind}"),
         ));
     };
-    if len > MAX_LIST || len > *budget || key.starts_with("tokenizer.") {
+    if len > MAX_LIST || key.starts_with("tokenizer.") {
         reader.skip(len.saturating_mul(width), key)?;
         return Ok(Value::Array(Array::Omitted { len }));
     }
-    *budget -= len;
     let elements = (0..len).map(|_| scalar(reader, key, kind));
     Ok(Value::Array(match kind {
         7 => Array::Bools(elements.map(|v| v.map(|v| v.as_bool() == Some(true))).collect::<Result<_, _>>()?),
@@ -231,9 +290,14 @@ fn list<R: Read>(reader: &mut Reader<R>, key: &str, budget: &mut u64) -> Result<
     }))
 }
 
-fn tensors<R: Read>(reader: &mut Reader<R>, count: u64, alignment: u64) -> Result<Vec<Tensor>, HeaderError> {
+fn tensors<R: Read>(
+    reader: &mut Reader<R>,
+    count: u64,
+    alignment: u64,
+    allowance: &mut Allowance,
+) -> Result<Vec<Tensor>, HeaderError> {
     let mut tensors = Vec::new();
-    let mut seen = HashSet::new();
+    let mut seen = Seen::default();
     let mut expected = 0_u64;
     for _ in 0..count {
         let name = reader.text("a tensor's name", MAX_NAME)?;
@@ -250,9 +314,10 @@ fn tensors<R: Read>(reader: &mut Reader<R>, count: u64, alignment: u64) -> Resul
             .checked_next_multiple_of(alignment)
             .and_then(|padded| expected.checked_add(padded))
             .ok_or_else(|| invalid(reader, "the tensors have more bytes than can be counted"))?;
-        if !seen.insert(tensor.name.clone()) {
+        if !seen.insert(&tensor.name) {
             return Err(invalid(reader, format!("tensor {} is declared twice", tensor.name)));
         }
+        keep(reader, allowance, size_of::<Tensor>() + tensor.name.len())?;
         tensors.push(tensor);
     }
     Ok(tensors)
@@ -266,6 +331,9 @@ fn tensor<R: Read>(reader: &mut Reader<R>, name: String) -> Result<Tensor, Heade
     let mut dims = [1_u64; 4];
     for dim in dims.iter_mut().take(dim_count as usize) {
         *dim = reader.u64(&name)?;
+        if *dim > MAX_DIMENSION {
+            return Err(invalid(reader, format!("tensor {name} has a dimension of {dim}")));
+        }
     }
     let number = reader.u32(&name)?;
     let kind = TensorType::from_number(number)

@@ -18,6 +18,7 @@ mod value;
 pub use error::{HeaderError, ModelError};
 pub use header::Header;
 pub use model::{Identity, Model, Shard};
+pub use read::Allowance;
 pub use shards::{ShardName, shard_paths};
 pub use tensor::{Tensor, TensorType};
 pub use value::{Array, Value};

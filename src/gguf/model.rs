@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::ModelError;
 use super::header::Header;
+use super::read::Allowance;
 use super::shards::shard_paths;
 use super::tensor::Tensor;
 use super::value::{Array, Value};
@@ -87,6 +88,18 @@ impl Model {
     /// # Errors
     /// As [`Model::open`].
     pub fn from_files(files: Vec<(PathBuf, File)>) -> Result<Self, ModelError> {
+        Self::from_files_within(files, &mut Allowance::default())
+    }
+
+    /// As [`Model::from_files`], keeping no more of the headers than `allowance` has left: several models that are
+    /// read together share one.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn from_files_within(
+        files: Vec<(PathBuf, File)>,
+        allowance: &mut Allowance,
+    ) -> Result<Self, ModelError> {
         let given = u32::try_from(files.len()).unwrap_or(u32::MAX);
         if let Some((first, _)) = files.first() {
             let expected = shard_paths(first)?;
@@ -95,8 +108,7 @@ impl Model {
                 return Err(ModelError::MissingShard { number: given + 1, count, path: missing.clone() });
             }
         }
-        let read = |(path, file): (PathBuf, File)| read_file(path, &file);
-        Self::join(files.into_iter().map(read).collect::<Result<_, _>>()?)
+        Self::join(given, files.into_iter().map(|(path, file)| read_file(path, &file, allowance)))
     }
 
     /// Makes a model of headers that were read elsewhere (over the network) or made up: a name or address, the
@@ -105,13 +117,18 @@ impl Model {
     /// # Errors
     /// The headers don't belong together, or a file is shorter than its header says.
     pub fn from_headers(files: Vec<(PathBuf, Identity, Header)>) -> Result<Self, ModelError> {
-        Self::join(files)
+        let given = u32::try_from(files.len()).unwrap_or(u32::MAX);
+        Self::join(given, files.into_iter().map(Ok))
     }
 
-    fn join(files: Vec<(PathBuf, Identity, Header)>) -> Result<Self, ModelError> {
-        let given = u32::try_from(files.len()).unwrap_or(u32::MAX);
+    /// Each header is checked before the next one is read.
+    fn join(
+        given: u32,
+        files: impl Iterator<Item = Result<(PathBuf, Identity, Header), ModelError>>,
+    ) -> Result<Self, ModelError> {
         let mut model: Option<Self> = None;
-        for (index, (path, identity, header)) in files.into_iter().enumerate() {
+        for (index, file) in files.enumerate() {
+            let (path, identity, header) = file?;
             let (header, shard) = shard(path, identity, header, index)?;
             let number = header.u64("split.no").ok().flatten().unwrap_or(0);
             let count = header.u64("split.count").ok().flatten().unwrap_or(0);
@@ -119,7 +136,7 @@ impl Model {
             if count > 1 && number != index as u64 {
                 return wrong(format!(
                     "it says that it is file {} of the model, not {}",
-                    number + 1,
+                    number.saturating_add(1),
                     index + 1
                 ));
             }
@@ -268,7 +285,11 @@ pub(super) fn open_files(path: &Path) -> Result<Vec<(PathBuf, File)>, ModelError
     Ok(files)
 }
 
-fn read_file(path: PathBuf, file: &File) -> Result<(PathBuf, Identity, Header), ModelError> {
+fn read_file(
+    path: PathBuf,
+    file: &File,
+    allowance: &mut Allowance,
+) -> Result<(PathBuf, Identity, Header), ModelError> {
     let meta = file.metadata().map_err(|source| ModelError::Open { path: path.clone(), source })?;
     let kind = meta.file_type();
     if !kind.is_file() {
@@ -280,8 +301,8 @@ fn read_file(path: PathBuf, file: &File) -> Result<(PathBuf, Identity, Header), 
         };
         return Err(ModelError::NotAFile { path, found });
     }
-    let header =
-        Header::read_file(file).map_err(|source| ModelError::Header { path: path.clone(), source })?;
+    let header = Header::read_file(file, allowance)
+        .map_err(|source| ModelError::Header { path: path.clone(), source })?;
     Ok((path, Identity::from_metadata(&meta), header))
 }
 

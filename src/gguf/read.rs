@@ -11,6 +11,30 @@ const MAX_HEADER: u64 = 64 << 20;
 /// How much is read at once.
 const CHUNK: usize = 64 << 10;
 
+/// How many bytes of headers are kept: those of the largest real models (3000 tensors) take less than half a MiB.
+const MAX_KEPT: u64 = 4 << 20;
+
+/// How much may still be kept of headers, in bytes. One is for all files that are read together, so that many
+/// can't add up.
+#[derive(Debug)]
+pub struct Allowance {
+    left: u64,
+}
+
+impl Default for Allowance {
+    fn default() -> Self {
+        Self { left: MAX_KEPT }
+    }
+}
+
+impl Allowance {
+    /// Takes so many bytes; none where there are not as many left.
+    pub(super) fn take(&mut self, bytes: usize) -> Option<()> {
+        self.left = self.left.checked_sub(u64::try_from(bytes).ok()?)?;
+        Some(())
+    }
+}
+
 /// Reads a file by offset, so that a descriptor shared with others keeps its position.
 pub(super) struct At<'a> {
     file: &'a File,
@@ -132,12 +156,29 @@ impl<R: Read> Reader<R> {
         Ok(value)
     }
 
-    /// A text of at most `limit` bytes; bytes that are no UTF-8 are replaced.
+    /// A text of at most `limit` bytes, as it may be shown.
     pub(super) fn text(&mut self, what: &str, limit: u64) -> Result<String, HeaderError> {
         let len = self.count(&format!("the length of {what}"), limit)?;
+        self.characters(what, len)
+    }
+
+    /// A text of `len` bytes, as it may be shown.
+    pub(super) fn characters(&mut self, what: &str, len: u64) -> Result<String, HeaderError> {
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
         self.exact(&mut bytes, what)?;
-        Ok(String::from_utf8(bytes)
-            .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
+        Ok(harmless(bytes))
     }
+}
+
+/// A text of which everything is replaced that is no UTF-8, or that a terminal obeys instead of showing it: it ends
+/// up in messages.
+fn harmless(bytes: Vec<u8>) -> String {
+    let text = String::from_utf8(bytes)
+        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
+    if text.contains(is_obeyed) { text.replace(is_obeyed, "\u{fffd}") } else { text }
+}
+
+/// Control characters, and those that turn the direction of writing round.
+fn is_obeyed(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

@@ -78,6 +78,17 @@ impl Value {
         }
     }
 
+    /// What it takes beside the value itself, in bytes.
+    pub(super) fn kept_bytes(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Array(Array::Integers(list)) => size_of_val(list.as_slice()),
+            Self::Array(Array::Floats(list)) => size_of_val(list.as_slice()),
+            Self::Array(Array::Bools(list)) => size_of_val(list.as_slice()),
+            _ => 0,
+        }
+    }
+
     /// The value as a number that isn't negative.
     #[must_use]
     pub fn as_u64(&self) -> Option<u64> {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::action::page_cache::open_regular;
 use crate::engine::{NeededFile, Purpose};
 use crate::fit::{Adapter, Facts, FitError, Projector};
-use crate::gguf::{Identity, Model};
+use crate::gguf::{Allowance, Identity, Model};
 use crate::ledger::FileId;
 use crate::ports::CatalogError;
 
@@ -150,7 +150,9 @@ fn read(files: Vec<Opened>) -> Result<Result<Facts, FitError>, CatalogError> {
             _ => beside.push((purpose, path, file)),
         }
     }
-    let headers = |files| Model::from_files(files).map_err(|error| config(error.to_string()));
+    let mut allowance = Allowance::default();
+    let mut headers =
+        |files| Model::from_files_within(files, &mut allowance).map_err(|error| config(error.to_string()));
     let mut facts = match Facts::from_model(&headers(model)?) {
         Ok(facts) => facts,
         Err(error) => return Ok(Err(error)),
