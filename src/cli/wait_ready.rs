@@ -3,9 +3,12 @@
 //! There is no limit on how long a load takes, only on how long nothing moves. systemd's own
 //! time-out is pushed ahead for as long as this process is content.
 
+use std::collections::BTreeSet;
 use std::net::ToSocketAddrs;
 use std::path::Path;
 use std::time::{Duration, Instant};
+
+use nix::unistd::geteuid;
 
 use super::args::WaitReady;
 use super::failure::{Exit, Failure};
@@ -14,7 +17,7 @@ use super::read_behind::ReadBehind;
 use crate::action::notify::Notifier;
 use crate::config::{self, Instance, Model};
 use crate::gguf;
-use crate::host::{HttpError, Page, Server};
+use crate::host::{Host, HttpError, Page, Server};
 
 /// How often systemd is asked for more time.
 const EXTEND_EVERY: Duration = Duration::from_secs(5);
@@ -68,14 +71,11 @@ fn wait(
         let stage = process.stage();
         match stage {
             Stage::Gone if at_gate => return Ok(Exit::Failed),
-            Stage::Gone => {
-                return Err(Failure::failed("the engine ended before it answered")
-                    .hint("its own messages stand above, and in 'journalctl -u' with the unit's name"));
-            }
+            Stage::Gone => return Err(ended(endpoint, last)),
             Stage::Gate => moved = Instant::now(),
             Stage::Engine => {
                 at_gate = false;
-                last = endpoint.ask();
+                last = endpoint.ask(&users(process));
                 meanwhile();
                 if last == Answer::Ready {
                     let _ = notify.status(&format!("ready at {}", endpoint.name()));
@@ -96,22 +96,60 @@ fn wait(
             // A service manager that does not take it ends this process at its own time-out.
             let _ = notify.extend_timeout(stall.min(EXTEND_MOST) + EXTEND_MARGIN);
             if stage == Stage::Engine {
-                let text = format!("loading: {} in memory, {} read", seen.resident, seen.read);
-                let _ = notify.status(&text);
+                let loading = || format!("loading: {} in memory, {} read", seen.resident, seen.read);
+                let _ = notify.status(&doubt(endpoint, last).unwrap_or_else(loading));
             }
         }
         process.sleep(pause(started.elapsed()));
     }
 }
 
+/// Whom the engine may be of: the users of the unit's processes as far as this one, which is in the unit too, may look
+/// at them (ProtectProc=invisible hides those of others), and its own.
+fn users(process: &Process) -> BTreeSet<u32> {
+    let mut users = Host::default().users_of(&process.family());
+    users.insert(geteuid().as_raw());
+    users
+}
+
+/// What is wrong where somebody listens who is not, or may not be, the engine.
+fn doubt(endpoint: &Endpoint, last: Answer) -> Option<String> {
+    let port = endpoint.server.port();
+    match last {
+        Answer::Stranger(user) => Some(format!("port {port} is held by user {user}, not by this unit")),
+        Answer::Unknown => Some(format!("whose port {port} is can't be told from /proc/net/tcp")),
+        Answer::Nothing | Answer::Status(_) | Answer::Ready => None,
+    }
+}
+
+/// What to do about it.
+fn find_holder(port: u16) -> String {
+    format!(
+        "'ss -ltnp sport = :{port}' as root shows which program that is. Set another 'port', or ProtectProc=default in \
+         the unit if that is its own, as another user"
+    )
+}
+
+fn ended(endpoint: &Endpoint, last: Answer) -> Failure {
+    let message = "the engine ended before it answered";
+    match (doubt(endpoint, last), last) {
+        (Some(doubt), Answer::Stranger(_)) => {
+            Failure::failed(format!("{message}, and {doubt}")).hint(find_holder(endpoint.server.port()))
+        }
+        _ => Failure::failed(message)
+            .hint("its own messages stand above, and in 'journalctl -u' with the unit's name"),
+    }
+}
+
 fn stalled(endpoint: &Endpoint, stall: Duration, last: Answer) -> Failure {
     let heard = match last {
-        Answer::Status(code) => format!("answers {code}"),
-        Answer::Nothing | Answer::Ready => "does not answer".to_owned(),
+        Answer::Status(code) => format!("{} answers {code}", endpoint.name()),
+        _ => doubt(endpoint, last).unwrap_or_else(|| format!("{} does not answer", endpoint.name())),
     };
-    let message = format!("nothing has moved for {} s, and {} {heard}", stall.as_secs(), endpoint.name());
-    let failure = Failure::failed(message);
+    let failure = Failure::failed(format!("nothing has moved for {} s, and {heard}", stall.as_secs()));
     match last {
+        Answer::Stranger(_) => failure.hint(find_holder(endpoint.server.port())),
+        Answer::Unknown => failure.hint("the unit has to see /proc/net (no ProcSubset=pid)"),
         Answer::Status(404) => failure.hint("set health-path to a path that the engine answers with 200"),
         _ => failure.hint("a load that is only slow needs a longer stall-timeout in its configuration"),
     }
@@ -141,6 +179,10 @@ enum Answer {
     Nothing,
     /// Some other status than 200, 503 while it loads.
     Status(u16),
+    /// Somebody else's program listens there, of this user.
+    Stranger(u32),
+    /// Somebody listens, and it can't be told who.
+    Unknown,
     /// It is ready.
     Ready,
 }
@@ -167,15 +209,19 @@ impl Endpoint {
         self.server.name()
     }
 
-    fn ask(&self) -> Answer {
-        let Some(path) = &self.path else {
-            return if self.server.accepts(HTTP_TIMEOUT) { Answer::Ready } else { Answer::Nothing };
+    /// What it says, if it is of one of `users`.
+    fn ask(&self, users: &BTreeSet<u32>) -> Answer {
+        let heard = match &self.path {
+            Some(path) => self.server.get(path, users, None, LONGEST_REPLY, HTTP_TIMEOUT).map(Some),
+            None => self.server.accepts(users, HTTP_TIMEOUT).map(|()| None),
         };
-        match self.server.get(path, None, LONGEST_REPLY, HTTP_TIMEOUT) {
+        match heard {
             // It speaks TLS, but not to us. Better taken for ready than never.
-            Ok(Page { status: 200, .. }) | Err(HttpError::Tls) => Answer::Ready,
-            Ok(page) => Answer::Status(page.status),
-            Err(_) => Answer::Nothing,
+            Ok(None | Some(Page { status: 200, .. })) | Err(HttpError::Tls) => Answer::Ready,
+            Ok(Some(page)) => Answer::Status(page.status),
+            Err(HttpError::Stranger(user)) => Answer::Stranger(user),
+            Err(HttpError::Unknown) => Answer::Unknown,
+            Err(HttpError::Unreachable | HttpError::Late | HttpError::Nonsense) => Answer::Nothing,
         }
     }
 }
@@ -202,15 +248,40 @@ mod tests {
             requests
         });
         let endpoint = Endpoint { server: Server::of("127.0.0.1", address), path: Some("/health".into()) };
-        assert_eq!(endpoint.ask(), Answer::Status(503));
-        assert_eq!(endpoint.ask(), Answer::Ready);
+        let own = BTreeSet::from([geteuid().as_raw()]);
+        assert_eq!(endpoint.ask(&own), Answer::Status(503));
+        assert_eq!(endpoint.ask(&own), Answer::Ready);
         let requests = engine.join().unwrap();
         assert!(
             requests[0].starts_with(&format!("GET /health HTTP/1.1\r\nHost: {address}\r\n")),
             "{requests:?}"
         );
         // Nobody listens any more.
-        assert_eq!(endpoint.ask(), Answer::Nothing);
+        assert_eq!(endpoint.ask(&own), Answer::Nothing);
+    }
+
+    #[test]
+    fn a_stranger_is_no_engine_and_is_named() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let user = geteuid().as_raw();
+        let others = BTreeSet::from([user + 1]);
+        for path in [None, Some("/health".to_owned())] {
+            let endpoint = Endpoint { server: Server::of("127.0.0.1", address), path };
+            let heard = endpoint.ask(&others);
+            assert_eq!(heard, Answer::Stranger(user));
+            // Nothing was said to it.
+            assert_eq!(listener.accept().unwrap().0.read(&mut [0; 16]).unwrap(), 0);
+            let held = format!("port {} is held by user {user}, not by this unit", address.port());
+            assert_eq!(
+                stalled(&endpoint, Duration::from_secs(9), heard).message,
+                format!("nothing has moved for 9 s, and {held}")
+            );
+            assert_eq!(
+                ended(&endpoint, heard).message,
+                format!("the engine ended before it answered, and {held}")
+            );
+        }
     }
 
     #[test]

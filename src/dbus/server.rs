@@ -110,7 +110,7 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
     let swap = Arc::new(SwapFiles::default());
     let survey = Arc::new(survey(&catalog, &cache, &swap));
     let configured = Arc::clone(&catalog);
-    let activities = Activities::new(move |instance| configured.place(instance));
+    let activities = Activities::new(host.clone(), move |instance| configured.place(instance));
     let read_ahead = Arc::new(ReadAhead::new(root));
     // What a daemon before this one has left.
     for said in read_ahead.set(&BTreeMap::new()).unwrap_or_else(|error| vec![error]) {

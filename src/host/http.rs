@@ -1,5 +1,6 @@
 //! A page of a server on this machine over HTTP/1.1: bounded in time and size, no redirects, no TLS.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io::{ErrorKind, Read, Write};
@@ -9,6 +10,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::libc;
+
+use super::Host;
+use super::sockets::{Connection, Doubt};
 
 /// Longer is no file of keys.
 const LONGEST_KEYS: u64 = 64 * 1024;
@@ -38,6 +42,12 @@ pub enum HttpError {
     /// Nobody listens, or may be connected to.
     #[error("can't be connected to")]
     Unreachable,
+    /// Somebody listens who is not meant; nothing was said to them.
+    #[error("belongs to user {0}")]
+    Stranger(u32),
+    /// Whoever listens, it can't be told whose they are; nothing was said to them.
+    #[error("can't be told whose it is")]
+    Unknown,
     /// It accepts connections and did not answer in time.
     #[error("does not answer in time")]
     Late,
@@ -106,19 +116,43 @@ impl Server {
         &self.name
     }
 
-    /// Whether it accepts a connection.
-    #[must_use]
-    pub fn accepts(&self, limit: Duration) -> bool {
-        TcpStream::connect_timeout(&self.address, limit).is_ok()
+    /// That it accepts a connection, and is of one of `users`.
+    ///
+    /// # Errors
+    /// It does not, or is not.
+    pub fn accepts(&self, users: &BTreeSet<u32>, limit: Duration) -> Result<(), HttpError> {
+        self.connect(users, limit).map(drop)
     }
 
-    /// The page at `path`, of which at most `longest` bytes are read. Returns within `limit`, but for a moment.
+    /// The port that it listens on.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
+    /// A connection to a server of one of `users`.
+    fn connect(&self, users: &BTreeSet<u32>, limit: Duration) -> Result<TcpStream, HttpError> {
+        let unreachable = |_| HttpError::Unreachable;
+        let stream = TcpStream::connect_timeout(&self.address, limit).map_err(unreachable)?;
+        let ours = stream.local_addr().map_err(unreachable)?;
+        let theirs = stream.peer_addr().map_err(unreachable)?;
+        // A connection is of this machine, wherever else it is that processes are read.
+        match Host::default().leads_to(Connection::new(ours, theirs), users) {
+            Ok(()) => Ok(stream),
+            Err(Doubt::Stranger(user)) => Err(HttpError::Stranger(user)),
+            Err(Doubt::Unknown) => Err(HttpError::Unknown),
+        }
+    }
+
+    /// The page at `path`, of which at most `longest` bytes are read. Where the server is not of one of `users`, nothing
+    /// is said to it: anybody may listen on a port that is free. Returns within `limit`, but for a moment.
     ///
     /// # Errors
     /// It has none.
     pub fn get(
         &self,
         path: &str,
+        users: &BTreeSet<u32>,
         key: Option<&ApiKey>,
         longest: usize,
         limit: Duration,
@@ -129,9 +163,8 @@ impl Server {
             "GET {path} HTTP/1.1\r\nHost: {}\r\nUser-Agent: plimsoll\r\n{authorization}Connection: close\r\n\r\n",
             self.name
         );
-        let unreachable = |_| HttpError::Unreachable;
-        let stream = TcpStream::connect_timeout(&self.address, limit).map_err(unreachable)?;
-        stream.set_write_timeout(Some(limit)).map_err(unreachable)?;
+        let stream = self.connect(users, limit)?;
+        stream.set_write_timeout(Some(limit)).map_err(|_| HttpError::Unreachable)?;
         read_page(&talk(stream, &request, longest, deadline), longest)
     }
 }
@@ -208,6 +241,58 @@ mod tests {
         read_page(reply, 100)
     }
 
+    /// Whom this test is of.
+    fn own() -> BTreeSet<u32> {
+        BTreeSet::from([nix::unistd::geteuid().as_raw()])
+    }
+
+    /// What comes of asking a listener at `address`, this test's own, that should be of `users`; and what it was told.
+    fn asked_as(users: &BTreeSet<u32>, address: &str) -> (Result<Page, HttpError>, String) {
+        let listener = TcpListener::bind(address).unwrap();
+        let server = Server::of("engine", listener.local_addr().unwrap());
+        let users = users.clone();
+        let asked = std::thread::spawn(move || {
+            let key = ApiKey("hush".to_owned());
+            server.get("/slots", &users, Some(&key), 1000, Duration::from_secs(5))
+        });
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let mut request = [0; 512];
+        let read = stream.read(&mut request).unwrap();
+        if read > 0 {
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").unwrap();
+        }
+        (asked.join().unwrap(), String::from_utf8_lossy(&request[..read]).into_owned())
+    }
+
+    #[test]
+    fn a_stranger_is_told_nothing() {
+        let other = own().into_iter().map(|user| user + 1).collect();
+        let stranger = own().into_iter().next().map(HttpError::Stranger).unwrap();
+        for address in ["127.0.0.1:0", "0.0.0.0:0", "[::]:0", "[::1]:0"] {
+            if TcpListener::bind(address).is_err() {
+                eprintln!("skipped: {address} is none of this machine's");
+                continue;
+            }
+            let (page, told) = asked_as(&own(), address);
+            assert_eq!(page.map(|page| page.status), Ok(200), "{address}");
+            assert!(told.contains("Bearer hush"), "{told}");
+            for users in [&other, &BTreeSet::new()] {
+                assert_eq!(asked_as(users, address), (Err(stranger), String::new()), "{address}");
+            }
+        }
+    }
+
+    #[test]
+    fn one_that_takes_both_kinds_of_addresses_is_found() {
+        let Ok(listener) = TcpListener::bind("[::]:0") else { return };
+        let server = Server::at("127.0.0.1", listener.local_addr().unwrap().port()).unwrap();
+        let limit = Duration::from_secs(5);
+        let stranger = own().into_iter().next().map(HttpError::Stranger).unwrap();
+        assert_eq!(server.accepts(&own(), limit), Ok(()));
+        assert_eq!(server.accepts(&BTreeSet::new(), limit), Err(stranger));
+    }
+
     #[test]
     fn status_lines_are_understood() {
         let status = |reply: &[u8]| page(reply).map(|page| page.status);
@@ -260,7 +345,7 @@ mod tests {
         let asked = Instant::now();
         let key = ApiKey("hush".to_owned());
         let server = Server::at("127.0.0.1", port).unwrap();
-        let page = server.get("/slots", Some(&key), 1000, Duration::from_millis(400));
+        let page = server.get("/slots", &own(), Some(&key), 1000, Duration::from_millis(400));
         (page, asked.elapsed(), engine.join().unwrap())
     }
 
@@ -290,8 +375,9 @@ mod tests {
         let address = listener.local_addr().unwrap();
         drop(listener);
         let server = Server::of("127.0.0.1", address);
-        assert_eq!(server.get("/", None, 10, Duration::from_secs(2)), Err(HttpError::Unreachable));
-        assert!(!server.accepts(Duration::from_secs(2)));
+        let limit = Duration::from_secs(2);
+        assert_eq!(server.get("/", &own(), None, 10, limit), Err(HttpError::Unreachable));
+        assert_eq!(server.accepts(&own(), limit), Err(HttpError::Unreachable));
     }
 
     #[test]

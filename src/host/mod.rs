@@ -13,6 +13,7 @@ mod mounts;
 mod pressure;
 mod process;
 mod requests;
+mod sockets;
 mod swaps;
 mod system;
 mod tree;

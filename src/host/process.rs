@@ -1,8 +1,12 @@
 //! Identity of processes and of this boot.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::{ControlGroup, Host, HostError};
+
+/// Processes of a unit whose users are looked at; an engine has a handful.
+const FAMILY: usize = 64;
 
 impl Host {
     /// The boot id: changes with every boot, so that what a file remembers of processes is known
@@ -38,11 +42,33 @@ impl Host {
 
     /// Whether process `pid` is of user `uid`: really, effectively, or as what it may become again.
     pub fn is_of_user(&self, pid: u32, uid: u32) -> Result<bool, HostError> {
+        Ok(self.users(pid)?.contains(&uid))
+    }
+
+    /// Whom process `pid` is of: really, effectively, as what it may become again, and for files.
+    fn users(&self, pid: u32) -> Result<BTreeSet<u32>, HostError> {
         let path = format!("/proc/{pid}/status");
         let text = self.read(&path)?;
         let uids = text.lines().find_map(|line| line.strip_prefix("Uid:"));
         let uids = uids.ok_or_else(|| self.content(&path, "the users of the process"))?;
-        Ok(uids.split_whitespace().any(|word| word.parse() == Ok(uid)))
+        Ok(uids.split_whitespace().filter_map(|word| word.parse().ok()).collect())
+    }
+
+    /// Whom any of these processes is of, as [`Host::is_of_user`] has it; those that are gone, or can't be looked at,
+    /// are nobody's.
+    #[must_use]
+    pub fn users_of(&self, pids: &[u32]) -> BTreeSet<u32> {
+        pids.iter().filter_map(|pid| self.users(*pid).ok()).flatten().collect()
+    }
+
+    /// Whom the processes of a unit are of, `main` first and some more; nobody where the group is gone. A main process
+    /// that is not in it has ended, and its number may be anybody's.
+    #[must_use]
+    pub fn users_of_unit(&self, group: &ControlGroup, main: u32) -> BTreeSet<u32> {
+        let mut pids = self.processes(group).unwrap_or_default();
+        pids.sort_by_key(|pid| *pid != main);
+        pids.truncate(FAMILY);
+        self.users_of(&pids)
     }
 
     /// The control group (version 2) that process `pid` is in.

@@ -1,5 +1,6 @@
 //! Requests in flight, as a llama-server says them itself.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
@@ -34,13 +35,19 @@ struct Slot {
     id_task: i64,
 }
 
-/// Asks a llama-server: `/slots`, or where that is off `/metrics`. Returns within `limit`, but for a moment.
+/// Asks a llama-server of one of `users`: `/slots`, or where that is off `/metrics`. One that is of nobody among them is
+/// not asked, and silent. Returns within `limit`, but for a moment.
 #[must_use]
-pub fn requests_in_flight(server: &Server, key: Option<&ApiKey>, limit: Duration) -> Heard {
+pub fn requests_in_flight(
+    server: &Server,
+    users: &BTreeSet<u32>,
+    key: Option<&ApiKey>,
+    limit: Duration,
+) -> Heard {
     let deadline = Instant::now() + limit;
     for (path, read) in [("/slots", slots as fn(&[u8]) -> Option<Heard>), ("/metrics", metrics)] {
         let left = deadline.saturating_duration_since(Instant::now());
-        match server.get(path, key, LONGEST, left) {
+        match server.get(path, users, key, LONGEST, left) {
             Ok(Page { status: 200, body: Some(body) }) => {
                 if let Some(heard) = read(&body) {
                     return heard;

@@ -13,7 +13,7 @@ use super::store::Files;
 use super::swap::Order;
 use super::units::Units;
 use crate::action::read_ahead::ReadAhead;
-use crate::action::systemd::{Systemd, SystemdError};
+use crate::action::systemd::{Systemd, SystemdError, UnitStatus};
 use crate::action::{cgroup, kernel};
 use crate::bytes::Bytes;
 use crate::config::Instance;
@@ -107,8 +107,8 @@ impl Effects {
     /// Asks the engines; one that does not answer has nothing to say.
     async fn ask_activity(&self, instances: &BTreeSet<Instance>) {
         let _turn = LOOKS.acquire().await;
-        let invocation = |i: &Instance| Some((i.clone(), self.units.get(i)?.invocation));
-        let of: Vec<(Instance, String)> = instances.iter().filter_map(invocation).collect();
+        let known = |i: &Instance| Some((i.clone(), self.units.get(i)?));
+        let of: Vec<(Instance, UnitStatus)> = instances.iter().filter_map(known).collect();
         let activities = Arc::clone(&self.activities);
         let _ = tokio::task::spawn_blocking(move || activities.ask(&of)).await;
     }
