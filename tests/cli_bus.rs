@@ -68,7 +68,7 @@ fn models_are_loaded_make_room_and_are_refused() {
         plan["steps"].as_array().unwrap().iter().filter_map(|step| step["instance"].as_str()).collect();
     assert!(!stopped.is_empty(), "{plan}");
     let none = machine.fails(&["explain", "large"], 1);
-    assert!(none.contains("nothing has been decided on 'large' yet\nhint: 'plimsoll plan large'"), "{none}");
+    assert!(none.contains("nothing has been decided on 'large' yet"), "{none}");
     let loaded = machine.ok(&["load", "large"]);
     for name in &stopped {
         assert!(loaded.contains(&format!("stopped for it: {name} (")), "{loaded}");
