@@ -188,6 +188,15 @@ fn a_pattern_for_each_tensor_is_as_good_as_one_for_all() {
     let whole = price(&[]);
     assert_eq!(price(&each), price(&one));
     assert!(price(&one).split.gpu.weights_bytes < whole.split.gpu.weights_bytes * 6 / 10);
+    // The first that applies counts, of patterns and of layers.
+    let line = |line: &str| {
+        let settings = Settings { context: 4096, ..read(line, &[]).unwrap().settings };
+        estimate(coder, &settings, &one_device()).unwrap().split.gpu.weights_bytes
+    };
+    assert_eq!(line("-ot exps=ROCm0 -cmoe"), whole.split.gpu.weights_bytes);
+    assert_eq!(line("-cmoe -ot exps=ROCm0"), line("-ncmoe 48"));
+    assert_eq!(line("-ncmoe 7 -ncmoe 3 -ot exps=ROCm0 -ncmoe 48"), line("-ncmoe 7"));
+    assert_eq!(line("-ncmoe 3 -ncmoe 7"), line("-ncmoe 7"));
     // What was asked before is not what is answered now.
     assert_eq!(price(&[]), whole);
     assert_eq!(price(&["nothing=CPU".to_owned()]).split.gpu.weights_bytes, whole.split.gpu.weights_bytes);

@@ -109,52 +109,67 @@ enum Buffer {
     Device(usize),
 }
 
-/// An override.
-enum Rule {
-    Moe(u32),
-    Dense(u32),
-    /// Which of the patterns, and where what it matches goes.
-    Pattern(usize, Buffer),
+/// The overrides, each with its place in their order, so that none has to be tried for each tensor: there may be
+/// thousands of both.
+struct Rules {
+    experts: First,
+    dense: First,
+    /// Of each pattern, and where what it matches goes.
+    patterns: Vec<(usize, Buffer)>,
+    matched: Arc<Matched>,
 }
 
-/// The overrides in order, and what their patterns match.
-struct Rules {
-    list: Vec<Rule>,
-    matched: Arc<Matched>,
+/// Overrides for the first so many layers: their place and that number. Only those that reach further than all before
+/// them, so both ascend.
+#[derive(Default)]
+struct First(Vec<(usize, u32)>);
+
+impl First {
+    fn push(&mut self, at: usize, layers: u32) {
+        if self.0.last().is_none_or(|(_, last)| *last < layers) {
+            self.0.push((at, layers));
+        }
+    }
+
+    /// The place of the first that reaches a layer.
+    fn reaching(&self, layer: u32) -> Option<usize> {
+        let short = self.0.partition_point(|(_, layers)| *layers <= layer);
+        self.0.get(short).map(|(at, _)| *at)
+    }
 }
 
 impl Rules {
     /// Those for a list of tensors.
     fn new(settings: &Settings, used: &[&Device], tensors: &Tensors) -> Result<Self, FitError> {
-        let mut patterns = Vec::new();
-        let mut list = Vec::with_capacity(settings.overrides.len());
-        for rule in &settings.overrides {
-            list.push(match rule {
-                Override::CpuMoe(n) => Rule::Moe(*n),
-                Override::CpuFfn(n) => Rule::Dense(*n),
+        let (mut experts, mut dense) = (First::default(), First::default());
+        let (mut texts, mut patterns) = (Vec::new(), Vec::new());
+        for (at, rule) in settings.overrides.iter().enumerate() {
+            match rule {
+                Override::CpuMoe(n) => experts.push(at, *n),
+                Override::CpuFfn(n) => dense.push(at, *n),
                 Override::Pattern { pattern, buffer } => {
-                    patterns.push(pattern.as_str());
-                    Rule::Pattern(patterns.len() - 1, place_of(buffer, used)?)
+                    texts.push(pattern.as_str());
+                    patterns.push((at, place_of(buffer, used)?));
                 }
-            });
+            }
         }
-        Ok(Self { list, matched: tensors.matched(&patterns)? })
-    }
-
-    fn has_patterns(&self) -> bool {
-        self.list.iter().any(|rule| matches!(rule, Rule::Pattern(..)))
+        Ok(Self { experts, dense, patterns, matched: tensors.matched(&texts)? })
     }
 
     /// Where the first that applies puts a group; `tensor` is its place in the list, where it is of one tensor.
     fn buffer(&self, group: &Group, tensor: Option<usize>) -> Option<Buffer> {
-        let within = |n: u32| matches!(group.place, Place::Layer(layer) if layer < n);
+        let on_host = match (group.class, group.place) {
+            (Class::Experts, Place::Layer(layer)) => self.experts.reaching(layer),
+            (Class::DenseFeedForward, Place::Layer(layer)) => self.dense.reaching(layer),
+            _ => None,
+        };
         // The first pattern that matches is enough: a later one would stand behind it.
         let matched = tensor.and_then(|tensor| self.matched.first(tensor));
-        self.list.iter().find_map(|rule| match rule {
-            Rule::Moe(n) => (group.class == Class::Experts && within(*n)).then_some(Buffer::Host),
-            Rule::Dense(n) => (group.class == Class::DenseFeedForward && within(*n)).then_some(Buffer::Host),
-            Rule::Pattern(pattern, buffer) => (matched == Some(*pattern)).then_some(*buffer),
-        })
+        match (matched.and_then(|pattern| self.patterns.get(pattern)), on_host) {
+            (Some((at, buffer)), Some(host)) if *at < host => Some(*buffer),
+            (_, Some(_)) => Some(Buffer::Host),
+            (matched, None) => matched.map(|(_, buffer)| *buffer),
+        }
     }
 }
 
@@ -191,7 +206,7 @@ pub(super) fn weights(
             ..Placed::default()
         },
     };
-    if rules.has_patterns() {
+    if !rules.patterns.is_empty() {
         for (i, named) in facts.named.iter().enumerate() {
             placing.put(&named.group, rules.buffer(&named.group, Some(i)));
         }
