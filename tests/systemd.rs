@@ -120,7 +120,8 @@ async fn a_unit_runs_is_identified_and_stops() {
     let unit = Unit::new("life", "ExecStart=/bin/sleep infinity");
     let systemd = systemd().await;
     let (events, mut heard) = tokio::sync::mpsc::unbounded_channel();
-    let _watch = systemd.watch(events, Instance::from_unit, Vec::new()).await.unwrap();
+    let (_adopted, more) = tokio::sync::mpsc::unbounded_channel();
+    let _watch = systemd.watch(events, Instance::from_unit, Vec::new(), more).await.unwrap();
     let before = systemd.unit(&unit.name()).await.unwrap();
     assert_eq!((before.state, before.main_pid, before.invocation.as_str()), (UnitState::Inactive, 0, ""));
     let nothing = systemd.stop(&unit.name(), None, PATIENCE).await.unwrap();

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use zbus::Connection;
 use zbus::fdo::{ObjectManager, RequestNameFlags};
 
@@ -15,7 +15,8 @@ use super::service::{Manager, Quotes, publish};
 use super::{NAME, PATH};
 use crate::action::notify::Notifier;
 use crate::action::read_ahead::ReadAhead;
-use crate::action::systemd::{Systemd, SystemdError, UnitEvent};
+use crate::action::systemd::{Systemd, SystemdError};
+use crate::config::Instance;
 use crate::daemon::catalog::RealCatalog;
 use crate::daemon::real::{
     Activities, Effects, Files, Gate, PageCache, RealPorts, SwapFiles, Units, call_off_removals, carry_out,
@@ -100,10 +101,14 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
     let units = Arc::new(Units::default());
     units.remember_limits(files.load_limits());
     let (unit_events, happened) = mpsc::unbounded_channel();
-    let whose = Arc::clone(&catalog);
-    let of = move |unit: &str| whose.instance_of_unit(unit);
-    let _watch = systemd.watch(unit_events.clone(), of, catalog.adopted()).await.map_err(no_systemd)?;
-    units.fill(&systemd, &catalog.adopted()).await.map_err(no_systemd)?;
+    let (found, more) = mpsc::unbounded_channel();
+    let look_at_adopted = look_at_adopted(&catalog, found);
+    let stranger = Arc::new(Notify::new());
+    let of = whose(&catalog, &stranger);
+    let adopted = catalog.adopted();
+    let _watch = systemd.watch(unit_events, of, adopted.clone(), more).await.map_err(no_systemd)?;
+    units.fill(&systemd, &adopted).await.map_err(no_systemd)?;
+    tokio::spawn(look_when_told(Arc::clone(&look_at_adopted), stranger));
     call_off_removals(&systemd).await;
 
     let cache = Arc::new(PageCache::default());
@@ -137,7 +142,7 @@ pub async fn serve(root: &Path, bus: Option<&str>, quotes: Arc<dyn Quotes>) -> R
         mode: durable.mode,
         store: Some(files),
         survey: Some(Arc::clone(&survey)),
-        reloaded: Some(look_at_adopted(&catalog, unit_events)),
+        reloaded: Some(look_at_adopted),
         notifier,
     };
     let (daemon, handle, published) = Daemon::new(parts, sender.clone());
@@ -189,15 +194,43 @@ async fn connect(bus: Option<&str>) -> Result<Connection, String> {
     builder.build().await.map_err(|error| format!("no connection to the message bus: {error}"))
 }
 
-/// Has units looked at that have just been adopted: one that runs already says nothing by itself.
+/// Says whose a unit is without a look at any file. `stranger` is told of a unit that is nobody's, and may have been
+/// adopted since the configuration was read.
+fn whose(
+    catalog: &Arc<RealCatalog>,
+    stranger: &Arc<Notify>,
+) -> impl Fn(&str) -> Option<Instance> + Send + 'static {
+    let (catalog, stranger) = (Arc::clone(catalog), Arc::clone(stranger));
+    move |unit| {
+        let instance = catalog.instance_of_unit(unit);
+        let adoptable = || unit.parse().is_ok_and(|instance: Instance| instance.is_foreign());
+        if instance.is_none() && adoptable() {
+            stranger.notify_one();
+        }
+        instance
+    }
+}
+
+/// Looks, on a thread that may block, whenever it is told to. One look at a time, however often that is: a disk that
+/// does not answer holds one thread.
+async fn look_when_told(look: Arc<dyn Fn() + Send + Sync>, told: Arc<Notify>) {
+    loop {
+        told.notified().await;
+        let look = Arc::clone(&look);
+        // One that panics has seen nothing.
+        let _ = tokio::task::spawn_blocking(move || look()).await;
+    }
+}
+
+/// Has units listened to that have just been adopted: one that runs already says nothing by itself. Blocks.
 fn look_at_adopted(
     catalog: &Arc<RealCatalog>,
-    events: mpsc::UnboundedSender<UnitEvent>,
+    found: mpsc::UnboundedSender<Instance>,
 ) -> Arc<dyn Fn() + Send + Sync> {
     let catalog = Arc::clone(catalog);
     Arc::new(move || {
         // Nobody hears it where the daemon is ending.
-        catalog.adopted().into_iter().for_each(|instance| drop(events.send(UnitEvent::Changed(instance))));
+        catalog.adopted().into_iter().for_each(|instance| drop(found.send(instance)));
     })
 }
 
@@ -208,4 +241,31 @@ fn survey(catalog: &Arc<RealCatalog>, cache: &Arc<PageCache>, swap: &Arc<SwapFil
         cache.look(&catalog.model_files());
         swap.look(&catalog.swap());
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_adopted_is_found_by_its_next_job_beside_the_loop() {
+        let root = std::env::temp_dir().join(format!("plimsoll-adopted-{}", std::process::id()));
+        std::fs::create_dir_all(root.join("etc/plimsoll")).unwrap();
+        let catalog = Arc::new(RealCatalog::new(&root));
+        let (found, mut more) = mpsc::unbounded_channel();
+        let stranger = Arc::new(Notify::new());
+        let of = whose(&catalog, &stranger);
+        let looking = tokio::spawn(look_when_told(look_at_adopted(&catalog, found), stranger));
+        let adopted = "[adopt.\"ollama.service\"]\npriority = 40\n";
+        std::fs::write(root.join("etc/plimsoll/plimsoll.toml"), adopted).unwrap();
+        // What no configuration can name makes nobody look.
+        assert_eq!((of("dev-sda.device"), of("session-1.scope")), (None, None));
+        assert!(tokio::time::timeout(Duration::from_millis(100), more.recv()).await.is_err());
+        assert_eq!(of("ollama.service"), None, "as it was read last");
+        let instance = tokio::time::timeout(Duration::from_secs(10), more.recv()).await.unwrap();
+        assert_eq!(instance, Some("ollama.service".parse().unwrap()));
+        assert_eq!(of("ollama.service"), instance);
+        looking.abort();
+        std::fs::remove_dir_all(root).unwrap();
+    }
 }

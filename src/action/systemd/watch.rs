@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::task::JoinHandle;
 use zbus::fdo::{PropertiesChangedStream, PropertiesProxy};
 use zbus::proxy::CacheProperties;
@@ -39,12 +39,14 @@ impl Systemd {
     ///
     /// Only units that have had a job since, or are loaded now, are listened to one by one: asking
     /// for the changes of all units would wake the daemon for everything that goes on in the system.
-    /// `of` says whose a unit is; `adopted` are units of others that are listened to from the start.
+    /// `of` says whose a unit is, at once: it is asked on the daemon's loop. `adopted` are units of others that are
+    /// listened to from the start, and those that come from `more` are from then on.
     pub async fn watch(
         &self,
         events: UnboundedSender<UnitEvent>,
         of: impl Fn(&str) -> Option<Instance> + Send + 'static,
         adopted: Vec<Instance>,
+        mut more: UnboundedReceiver<Instance>,
     ) -> Result<Watch, SystemdError> {
         let mut listeners =
             Listeners { systemd: self.clone(), events: events.clone(), tasks: HashMap::new() };
@@ -74,6 +76,10 @@ impl Systemd {
                         }),
                         None => Some(UnitEvent::Lost),
                     },
+                    Some(instance) = more.recv() => {
+                        listeners.add(instance, None);
+                        None
+                    }
                 };
                 if let Some(UnitEvent::Queued(instance) | UnitEvent::Ended(instance, _)) = &event {
                     listeners.add(instance.clone(), None);

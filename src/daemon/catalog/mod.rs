@@ -18,7 +18,7 @@ use ladder::{Asked, contexts};
 use opinions::Opinions;
 use price::Priced;
 use pricing::Pricing;
-use sources::Sources;
+use sources::{Reading, Sources};
 
 use crate::bytes::Bytes;
 use crate::config::{self, Instance, Loaded, Model, ModelName, NotFound, Reserve, Workload};
@@ -33,7 +33,7 @@ use crate::ports::{Catalog, CatalogError, Launch, ModelInfo, Rulebook, Wish};
 
 /// [`Catalog`] over the configuration below a root directory.
 pub struct RealCatalog {
-    sources: Mutex<Sources>,
+    sources: Sources,
     headers: Mutex<Headers>,
     engines: Mutex<Engines>,
     opinions: Mutex<Opinions>,
@@ -83,7 +83,7 @@ impl RealCatalog {
     #[must_use]
     pub fn new(root: &Path) -> Self {
         Self {
-            sources: Mutex::new(Sources::new(root)),
+            sources: Sources::new(root),
             headers: Mutex::default(),
             engines: Mutex::default(),
             opinions: Mutex::default(),
@@ -104,17 +104,18 @@ impl RealCatalog {
         self.current().1.swap.clone()
     }
 
-    /// The instance that a systemd unit is: a model, or what was adopted.
+    /// The instance that a systemd unit is: a model, or what was adopted when the configuration was read last. No file
+    /// is looked at, so it may be asked on the daemon's loop.
     #[must_use]
     pub fn instance_of_unit(&self, unit: &str) -> Option<Instance> {
         let adopted = || {
             let instance: Instance = unit.parse().ok()?;
-            self.current().1.adopted.contains_key(&instance.model).then_some(instance)
+            self.sources.last().settings.adopted.contains_key(&instance.model).then_some(instance)
         };
         Instance::from_unit(unit).or_else(adopted)
     }
 
-    /// The units of others that are adopted.
+    /// The units of others that are adopted. Looks at the configuration's files, as everything else here does.
     #[must_use]
     pub fn adopted(&self) -> Vec<Instance> {
         self.current().1.adopted.keys().cloned().map(Instance::first).collect()
@@ -147,7 +148,8 @@ impl RealCatalog {
     }
 
     fn current(&self) -> (Arc<Loaded>, Arc<config::Daemon>) {
-        self.sources.lock().unwrap_or_else(PoisonError::into_inner).current()
+        let Reading { loaded, settings, .. } = self.sources.current();
+        (loaded, settings)
     }
 
     fn subject(&self, wish: &Wish) -> Result<Subject, CatalogError> {
@@ -300,12 +302,9 @@ impl Catalog for RealCatalog {
     }
 
     fn rulebook(&self) -> Option<Rulebook> {
-        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
-        let (loaded, settings) = sources.current();
-        let reading = sources.readings();
-        drop(sources);
+        let Reading { loaded, settings, number } = self.sources.current();
         Some(Rulebook {
-            reading,
+            reading: number,
             mode: match settings.mode {
                 config::Mode::Enforce => Mode::Enforce,
                 config::Mode::Observe => Mode::Observe,
@@ -326,9 +325,7 @@ impl Catalog for RealCatalog {
     }
 
     fn reload(&self) -> Vec<String> {
-        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
-        sources.read();
-        let (loaded, _) = sources.current();
+        let Reading { loaded, .. } = self.sources.read();
         loaded.problems.iter().filter(|problem| problem.is_error()).map(ToString::to_string).collect()
     }
 
@@ -486,5 +483,33 @@ fn info(model: &Model) -> ModelInfo {
         aliases: model.aliases.iter().map(ToString::to_string).collect(),
         modes: model.modes.clone(),
         broken: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whose_a_unit_is_is_known_without_a_look_at_files() {
+        let root = std::env::temp_dir().join(format!("plimsoll-whose-{}", std::process::id()));
+        let etc = root.join("etc/plimsoll");
+        std::fs::create_dir_all(&etc).unwrap();
+        let adopt = |unit: &str| {
+            std::fs::write(etc.join("plimsoll.toml"), format!("[adopt.\"{unit}\"]\npriority = 40\n"))
+                .unwrap();
+        };
+        adopt("ollama.service");
+        let catalog = RealCatalog::new(&root);
+        let whose = |unit: &str| catalog.instance_of_unit(unit).map(|instance| instance.to_string());
+        assert_eq!(whose("llm@a.service"), Some("a".to_owned()));
+        assert_eq!(whose("ollama.service"), Some("ollama.service".to_owned()));
+        adopt("comfyui.service");
+        assert_eq!(whose("comfyui.service"), None, "as it was read last");
+        // Whoever may block looks at the files, and from then on it is known.
+        assert_eq!(catalog.adopted(), ["comfyui.service".parse().unwrap()]);
+        assert_eq!(whose("comfyui.service"), Some("comfyui.service".to_owned()));
+        assert_eq!(whose("ollama.service"), None);
+        std::fs::remove_dir_all(root).unwrap();
     }
 }

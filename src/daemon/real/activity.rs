@@ -56,9 +56,12 @@ impl Activities {
                 }
             });
         }
-        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        // A name that is gone from the configuration keeps nothing behind.
-        heard.retain(|instance, _| (self.place)(instance).is_some());
+        // A name that is gone from the configuration keeps nothing behind. Looking for it takes as long as a disk does, and
+        // the daemon's loop reads what was heard.
+        let heard = || self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let names: Vec<Instance> = heard().keys().cloned().collect();
+        let gone: Vec<Instance> = names.into_iter().filter(|name| (self.place)(name).is_none()).collect();
+        heard().retain(|instance, _| !gone.contains(instance));
     }
 
     fn ask_one(&self, instance: &Instance, status: &UnitStatus) {
@@ -170,5 +173,40 @@ mod tests {
         listener.set_nonblocking(true).unwrap();
         assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
         std::fs::remove_dir_all(root).unwrap();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn what_was_heard_can_be_read_while_the_configuration_does_not_answer() {
+        let (entered, looks) = channel();
+        let (end, ended) = channel::<()>();
+        let channels = Mutex::new((entered, ended));
+        let activities = Activities::new(move |_| {
+            let channels = channels.lock().unwrap();
+            channels.0.send(()).unwrap();
+            // A disk that does not answer until the test is over.
+            let _ = channels.1.recv();
+            None
+        });
+        let (a, limit): (Instance, _) = ("a".parse().unwrap(), Duration::from_secs(10));
+        let busy = Busy { requests: 1, ..Busy::default() };
+        activities.heard.lock().unwrap().insert(a.clone(), ("1".to_owned(), Some(busy)));
+        std::thread::scope(|scope| {
+            scope.spawn(|| activities.ask(&[]));
+            looks.recv_timeout(limit).unwrap();
+            let (answer, answered) = channel();
+            let (activities, a) = (&activities, &a);
+            scope.spawn(move || answer.send(activities.busy(a, "1")));
+            let heard = answered.recv_timeout(limit);
+            drop(end);
+            assert_eq!(heard, Ok(Some(busy)));
+        });
+        assert_eq!(activities.busy(&a, "1"), None, "it is not configured");
     }
 }
