@@ -14,7 +14,8 @@ const MOUNT: &str = "/sys/fs/cgroup";
 /// has a handful; a container's payload a few levels.
 const DEPTH: usize = 8;
 const PROCESSES: usize = 16_384;
-/// So many groups are looked at for one that eats memory; a machine has some dozen at the top two levels.
+/// So many groups are looked at, which takes some milliseconds: below a unit, where an engine has one, and for one that eats
+/// memory, where a machine has some dozen at the top two levels.
 const GROUPS: usize = 512;
 
 /// The path of a control group below the hierarchy's root, as systemd's ControlGroup property and
@@ -101,12 +102,13 @@ impl Host {
     }
 
     /// What a unit holds, on the host and on each GPU of `cards` that is a pool (in their order,
-    /// as in `ledger::Machine::gpus`). GPU bytes are left empty where a process can't be looked at.
+    /// as in `ledger::Machine::gpus`). GPU bytes are left empty where its processes can't all be looked at.
     pub fn measured(&self, group: &ControlGroup, cards: &[Card]) -> Result<Measured, HostError> {
         let mut measured = self.group_memory(group)?;
         let pools: Vec<&Card> = cards.iter().filter(|card| card.heap().is_some()).collect();
         if !pools.is_empty()
-            && let Some(usage) = self.drm_usage(&self.processes(group)?)
+            && let Ok(pids) = self.processes(group)
+            && let Some(usage) = self.drm_usage(&pids)
         {
             measured.gpus = pools.iter().map(|card| usage.of(card)).collect();
         }
@@ -179,31 +181,59 @@ impl Host {
     }
 
     /// The processes in the group and below it; none when it is gone.
+    ///
+    /// # Errors
+    /// A list of them can't be read, or there are more than [`GROUPS`] groups: what is listed would be too little.
     pub fn processes(&self, group: &ControlGroup) -> Result<Vec<u32>, HostError> {
         let mut pids = Vec::new();
+        self.visit(group, |pid| {
+            pids.push(pid);
+            pids.len() < PROCESSES
+        })?;
+        Ok(pids)
+    }
+
+    /// Whether there are processes in the group or below it, and all of them are `ours`.
+    ///
+    /// # Errors
+    /// As those of [`Host::processes`].
+    pub(super) fn holds_only(&self, group: &ControlGroup, ours: &[u32]) -> Result<bool, HostError> {
+        let mut last = None;
+        self.visit(group, |pid| *last.insert(ours.contains(&pid)))?;
+        Ok(last == Some(true))
+    }
+
+    /// Visits the processes in the group and below it, until `visit` returns false. Whoever has a group delegated makes as
+    /// many below it as they like, so only so many are looked at.
+    fn visit(&self, group: &ControlGroup, mut visit: impl FnMut(u32) -> bool) -> Result<(), HostError> {
         let mut level = vec![group.clone()];
+        let mut groups = 1;
         for _ in 0..DEPTH {
             let mut below = Vec::new();
             for group in level {
                 if let Some(text) = self.read_if_there(&group.file("cgroup.procs"))? {
-                    pids.extend(text.lines().filter_map(|line| line.trim().parse::<u32>().ok()));
+                    let mut pids = text.lines().filter_map(|line| line.trim().parse::<u32>().ok());
+                    if !pids.all(&mut visit) {
+                        return Ok(());
+                    }
                 }
-                if pids.len() > PROCESSES {
-                    pids.truncate(PROCESSES);
-                    return Ok(pids);
-                }
-                let Ok(entries) = std::fs::read_dir(self.group_directory(&group)) else { continue };
+                let directory = self.group_directory(&group);
+                let Ok(entries) = std::fs::read_dir(&directory) else { continue };
                 for entry in entries.filter_map(Result::ok) {
                     if entry.file_type().is_ok_and(|kind| kind.is_dir())
                         && let Some(name) = entry.file_name().to_str()
                     {
+                        groups += 1;
+                        if groups > GROUPS {
+                            return Err(HostError::TooMany { path: directory });
+                        }
                         below.push(ControlGroup(format!("{group}/{name}")));
                     }
                 }
             }
             level = below;
         }
-        Ok(pids)
+        Ok(())
     }
 }
 
@@ -265,6 +295,7 @@ fn measured_from_stat(text: &str, swapped: Bytes) -> Option<Measured> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Region;
     use super::*;
 
     #[test]
@@ -315,6 +346,45 @@ mod tests {
         assert_eq!(measured.file, Bytes(300));
         assert_eq!(measured.swapped, Bytes(7));
         assert_eq!(measured.unreclaimable(), Bytes(315));
+    }
+
+    #[test]
+    fn so_many_groups_are_looked_at_and_no_more() {
+        let root = std::env::temp_dir().join(format!("plimsoll-groups-{}", std::process::id()));
+        let (host, group) = (Host::at(&root), "/a.service".parse::<ControlGroup>().unwrap());
+        let directory = host.group_directory(&group);
+        let child = |number: usize| {
+            let child = directory.join(number.to_string());
+            std::fs::create_dir_all(&child).unwrap();
+            std::fs::write(child.join("cgroup.procs"), format!("{number}\n")).unwrap();
+        };
+        // With the group itself as many as are looked at.
+        (1..GROUPS).for_each(child);
+        std::fs::write(directory.join("memory.stat"), "anon 100\nfile 0\nkernel 5\n").unwrap();
+        std::fs::write(directory.join("cgroup.procs"), "9000\n").unwrap();
+        let mut all: Vec<u32> = host.processes(&group).unwrap();
+        assert_eq!(all.len(), GROUPS);
+        assert!(host.holds_only(&group, &all).unwrap());
+        let foreign = all.pop().unwrap();
+        assert!(!host.holds_only(&group, &all).unwrap(), "{foreign} is in it as well");
+        assert!(!host.holds_only(&"/gone.service".parse().unwrap(), &all).unwrap(), "nobody is in it");
+        child(GROUPS);
+        let error = host.processes(&group).unwrap_err();
+        assert!(matches!(error, HostError::TooMany { .. }) && !error.is_gone(), "{error}");
+        assert!(!host.holds_only(&group, &[]).unwrap(), "the first process tells");
+        assert!(host.holds_only(&group, &[9000]).is_err(), "whose the rest are is unknown");
+        // What the kernel charges to it is told all the same.
+        let card = Card {
+            name: "card0".to_owned(),
+            driver: "amdgpu".to_owned(),
+            pci: "0000:c5:00.0".to_owned(),
+            apu: false,
+            vram: Some(Region { total: Bytes::gib(8), used: Bytes::ZERO }),
+            gtt: None,
+        };
+        let measured = host.measured(&group, &[card]).unwrap();
+        assert_eq!((measured.private, measured.gpus), (Bytes(105), vec![]));
+        std::fs::remove_dir_all(root).unwrap();
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::bytes::{Bytes, KIB, MIB};
 /// Descriptors that are looked at in one process, the lowest ones. An engine has a few dozen, and opens the GPU before
 /// anybody connects.
 const DESCRIPTORS: usize = 256;
-/// And in all of them together: some milliseconds.
+/// And in all of them together, each process counted as one more: some milliseconds.
 const OF_ALL: usize = 2048;
 
 /// GPU memory that a set of processes holds, per device and place.
@@ -54,6 +54,10 @@ impl Host {
         let mut usage = DrmUsage::default();
         let mut seen = 0;
         for pid in pids {
+            if seen >= OF_ALL {
+                break;
+            }
+            seen += 1;
             let directory = self.path(&format!("/proc/{pid}/fdinfo"));
             let entries = match std::fs::read_dir(&directory) {
                 Ok(entries) => entries,
@@ -132,5 +136,22 @@ mod tests {
             u64::MAX
         );
         assert_eq!(parse(&absurd).unwrap().1, Held { vram: Bytes::ZERO, gtt: Bytes::MAX });
+    }
+
+    #[test]
+    fn so_many_processes_are_looked_at_and_no_more() {
+        let root = std::env::temp_dir().join(format!("plimsoll-drm-{}", std::process::id()));
+        let last = u32::try_from(OF_ALL).unwrap();
+        let fdinfo = root.join(format!("proc/{last}/fdinfo"));
+        std::fs::create_dir_all(&fdinfo).unwrap();
+        let client = "drm-client-id: 1\ndrm-pdev: a\ndrm-memory-gtt: 1 MiB\n";
+        std::fs::write(fdinfo.join("3"), client).unwrap();
+        // Nothing is known of the others, and each takes a look.
+        let clients = |first: u32| {
+            let pids: Vec<u32> = (first..=last).collect();
+            Host::at(&root).drm_usage(&pids).unwrap().clients.len()
+        };
+        assert_eq!((clients(2), clients(0)), (1, 0));
+        std::fs::remove_dir_all(root).unwrap();
     }
 }

@@ -62,6 +62,12 @@ pub enum HostError {
         /// What was looked for in it.
         what: &'static str,
     },
+    /// There is more below the directory than is looked at.
+    #[error("{} has more below it than is looked at", path.display())]
+    TooMany {
+        /// The directory.
+        path: PathBuf,
+    },
 }
 
 impl HostError {
@@ -74,7 +80,7 @@ impl HostError {
                 source.kind() == io::ErrorKind::NotFound
                     || matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ESRCH))
             }
-            Self::Content { .. } => false,
+            Self::Content { .. } | Self::TooMany { .. } => false,
         }
     }
 }

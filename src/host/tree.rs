@@ -47,7 +47,7 @@ impl Host {
     }
 
     /// What process `pid` and its descendants but for `others` hold: as their control group is charged, where they have one to
-    /// themselves, and as the processes' own files say otherwise.
+    /// themselves and not too many below it, and as the processes' own files say otherwise.
     #[must_use]
     pub fn measured_tree(&self, pid: u32, others: &BTreeSet<u32>, cards: &[Card]) -> Measured {
         let family = self.family(pid, others);
@@ -55,10 +55,7 @@ impl Host {
             return Measured::default();
         }
         let tree: Vec<u32> = family.iter().map(|(pid, _)| *pid).collect();
-        let own = self.group_of(pid).ok().filter(|group| {
-            let all = self.processes(group).unwrap_or_default();
-            !all.is_empty() && all.iter().all(|pid| tree.contains(pid))
-        });
+        let own = self.group_of(pid).ok().filter(|group| self.holds_only(group, &tree).unwrap_or(false));
         if let Some(measured) = own.and_then(|group| self.measured(&group, cards).ok()) {
             return measured;
         }
@@ -182,6 +179,11 @@ mod tests {
         std::fs::write(group.join("cgroup.procs"), "10\n11\n12\n13\n").unwrap();
         assert_eq!(host.measured_tree(10, &none, &[]).private, Bytes(7_000_005));
         assert_eq!(host.measured_tree(77, &none, &[]), Measured::default());
+        // One with more groups below it than are looked at may hold anybody.
+        for number in 0..1000 {
+            std::fs::create_dir(group.join(number.to_string())).unwrap();
+        }
+        assert_eq!(host.measured_tree(10, &none, &[]).private, Bytes(1050 * KIB));
         std::fs::remove_dir_all(root).unwrap();
     }
 }
