@@ -174,20 +174,13 @@ mod tests {
         assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
         std::fs::remove_dir_all(root).unwrap();
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::mpsc::channel;
-
-    use super::*;
 
     #[test]
     fn what_was_heard_can_be_read_while_the_configuration_does_not_answer() {
-        let (entered, looks) = channel();
-        let (end, ended) = channel::<()>();
+        let (entered, looks) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
         let channels = Mutex::new((entered, ended));
-        let activities = Activities::new(move |_| {
+        let activities = Activities::new(Host::at("/nowhere"), move |_| {
             let channels = channels.lock().unwrap();
             channels.0.send(()).unwrap();
             // A disk that does not answer until the test is over.
@@ -200,7 +193,7 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| activities.ask(&[]));
             looks.recv_timeout(limit).unwrap();
-            let (answer, answered) = channel();
+            let (answer, answered) = std::sync::mpsc::channel();
             let (activities, a) = (&activities, &a);
             scope.spawn(move || answer.send(activities.busy(a, "1")));
             let heard = answered.recv_timeout(limit);
