@@ -21,6 +21,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("config", 2),
     ("gguf", 1),
     ("bytes", 0),
+    ("text", 0),
     ("os", 1),
 ];
 

@@ -121,7 +121,8 @@ fn what_does_not_exist_is_one_sentence() {
         let said = machine.fails(&[verb, "nothing"], 78);
         assert!(said.contains("there is no model 'nothing'"), "{said}");
     }
-    machine.fails(&["explain", "small"], 78);
+    machine.fails(&["explain", "nothing"], 78);
+    machine.fails(&["explain", "small"], 1);
     machine.fails(&["load", "../etc"], 78);
 }
 
