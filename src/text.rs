@@ -1,11 +1,20 @@
 //! Texts that others wrote, made fit for a terminal.
 
-/// Texts of model files, engines and others, without what would command the terminal: control characters, and those
-/// that turn the direction of writing, become U+FFFD; line ends stay.
+/// Texts of model files, engines and others, without what would command the terminal: what it
+/// obeys ([`is_obeyed`]) becomes [`REPLACEMENT`]; line ends stay.
 #[must_use]
 pub fn harmless(text: &str) -> String {
-    let commands = |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    text.chars().map(|c| if c != '\n' && commands(c) { char::REPLACEMENT_CHARACTER } else { c }).collect()
+    text.replace(|c| c != '\n' && is_obeyed(c), REPLACEMENT)
+}
+
+/// What stands for what is not shown: U+FFFD.
+pub const REPLACEMENT: &str = "\u{fffd}";
+
+/// Whether a terminal obeys a character instead of showing it: control characters, and those that turn the direction
+/// of writing round.
+#[must_use]
+pub fn is_obeyed(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 
 use super::error::HeaderError;
+use crate::text::{REPLACEMENT, is_obeyed};
 
 /// The most bytes that are read of one file: a vocabulary of 256k tokens takes about 12 MiB.
 const MAX_HEADER: u64 = 64 << 20;
@@ -175,10 +176,5 @@ impl<R: Read> Reader<R> {
 fn harmless(bytes: Vec<u8>) -> String {
     let text = String::from_utf8(bytes)
         .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
-    if text.contains(is_obeyed) { text.replace(is_obeyed, "\u{fffd}") } else { text }
-}
-
-/// Control characters, and those that turn the direction of writing round.
-fn is_obeyed(c: char) -> bool {
-    c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    if text.contains(is_obeyed) { text.replace(is_obeyed, REPLACEMENT) } else { text }
 }
